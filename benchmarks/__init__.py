@@ -1,0 +1,1 @@
+"""Timings beside a peer, one file per system."""

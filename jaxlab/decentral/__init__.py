@@ -1,0 +1,1 @@
+"""Many learners: federated, gossip, disrupted."""

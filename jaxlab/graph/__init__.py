@@ -1,0 +1,1 @@
+"""Graphs: structure, sparse kernels, layers, protocols, and the systems built on them."""

@@ -1,0 +1,1 @@
+"""Random network models and processes on them."""

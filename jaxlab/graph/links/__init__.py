@@ -1,0 +1,1 @@
+"""Link and higher-order prediction."""

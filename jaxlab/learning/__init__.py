@@ -1,0 +1,1 @@
+"""Ways to train or change a network beyond plain backprop."""

@@ -1,0 +1,1 @@
+"""Networks on images, volumes, points and signals: one file per system."""

@@ -1,0 +1,1 @@
+"""Well-known networks that systems build on."""
