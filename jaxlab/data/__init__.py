@@ -4,6 +4,17 @@ Files come from a folder of yours or are downloaded once and checked. `JAXLAB_DA
 which subfolder it reads), `TFDS_DATA_DIR` the one of TensorFlow Datasets image sets.
 """
 
+import importlib
+from typing import Any
+
 from jaxlab.data.node import NodeDataset, random_split, row_normalize_features, undirected
 
-__all__ = ["NodeDataset", "undirected", "random_split", "row_normalize_features"]
+_LOADERS = ("augment", "digits", "heterophilous", "images", "mnist5k", "networks", "planetoid", "synthetic")
+__all__ = ["NodeDataset", "random_split", "row_normalize_features", "undirected", *_LOADERS]
+
+
+def __getattr__(name: str) -> Any:
+  # On first use: some of them import large libraries.
+  if name in _LOADERS:
+    return importlib.import_module(f"jaxlab.data.{name}")
+  raise AttributeError(f"module 'jaxlab.data' has no attribute {name!r}")

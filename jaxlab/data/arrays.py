@@ -1,23 +1,23 @@
 """Labelled images that fit in memory, and splits of them."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import sklearn.model_selection
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 
 from jaxlab.data import checks
 
 
-class Images(NamedTuple):
-  """Labelled images, and a batch of them: a pytree of NumPy arrays whose first axis is the example.
+class Images(TypedDict):
+  """Labelled images, or a batch of them: a dict of NumPy arrays whose first axis is the example.
 
-  Attributes:
-    image: [N, H, W, C] float32.
+  Keys:
+    image: [N, H, W, C] float32, or uint8 where a loader says so.
     label: [N] int32.
   """
 
-  image: Float[np.ndarray, "n h w c"]
+  image: Float[np.ndarray, "n h w c"] | UInt8[np.ndarray, "n h w c"]
   label: Int[np.ndarray, " n"]
 
 
@@ -41,14 +41,15 @@ def stratified(images: Images, *, val: float, test: float, seed: int) -> ImageSp
   checks.fraction("val", val, 0.0, 1.0)
   checks.fraction("test", test, 0.0, 1.0)
   checks.count("seed", seed, 0)
-  n, classes = len(images.label), len(np.unique(images.label))
+  label = images["label"]
+  n, classes = len(label), len(np.unique(label))
   sizes = round(val * n), round(test * n)
   if min(*sizes, n - sum(sizes)) < classes:
     raise ValueError(f"val, test: got {val}, {test} of {n} examples, expected at least {classes} in each of three sets")
-  rest, test_ids = sklearn.model_selection.train_test_split(
-    np.arange(n), test_size=sizes[1], stratify=images.label, random_state=seed
-  )
-  train_ids, val_ids = sklearn.model_selection.train_test_split(
-    rest, test_size=sizes[0], stratify=images.label[rest], random_state=seed
-  )
-  return ImageSplits(*(Images(images.image[ids], images.label[ids]) for ids in (train_ids, val_ids, test_ids)))
+
+  def split(ids: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    return sklearn.model_selection.train_test_split(ids, test_size=size, stratify=label[ids], random_state=seed)
+
+  rest, test_ids = split(np.arange(n), sizes[1])
+  train_ids, val_ids = split(rest, sizes[0])
+  return ImageSplits(*(Images(image=images["image"][i], label=label[i]) for i in (train_ids, val_ids, test_ids)))

@@ -22,7 +22,7 @@ def images(*, val: float = 1 / 6, test: float = 1 / 6, seed: int = 0) -> ImageSp
 def graph(
   *, neighbors: int = 10, train_per_class: int = 20, val: int = 500, test: int | None = 1000, seed: int = 0
 ) -> NodeDataset:
-  """Host. The digits as nodes of their nearest-neighbour graph: i and j are joined if either is among the other's nearest.
+  """Host. The digits as nodes of a graph that joins i and j if either is among the other's nearest neighbours.
 
   Distances are Euclidean between pixel rows. Pixels are whole numbers, so distances are exact and ties (broken by the
   lower index) fall the same way on every machine.
@@ -38,9 +38,10 @@ def graph(
     1,797 nodes with 64 dense features in [0, 1] (pixel / 16), 10 classes.
   """
   digits = _all()
-  n = len(digits.label)
+  label, n = digits["label"], len(digits["label"])
+  features = digits["image"].reshape(n, -1)
   checks.count("neighbors", neighbors, 1, n - 1)
-  pixels = np.rint(digits.image.reshape(n, -1) * 16).astype(np.float64)
+  pixels = np.rint(features * 16).astype(np.float64)
   norms = np.sum(pixels**2, axis=1)
   squared = (norms[:, None] + norms - 2 * pixels @ pixels.T).astype(np.int64)
   np.fill_diagonal(squared, squared.max() + 1)
@@ -48,10 +49,10 @@ def graph(
   nearest = np.argpartition(keys, neighbors - 1, axis=1)[:, :neighbors]
   edges = node.undirected(np.repeat(np.arange(n), neighbors), nearest.reshape(-1), n)
   nothing = np.zeros(n, bool)
-  dataset = NodeDataset(digits.image.reshape(n, -1), *edges, digits.label, nothing, nothing, nothing)
+  dataset = NodeDataset(features, *edges, label, nothing, nothing, nothing)
   return node.random_split(dataset, seed=seed, train_per_class=train_per_class, val=val, test=test)
 
 
 def _all() -> Images:
   pixels, labels = sklearn.datasets.load_digits(return_X_y=True)
-  return Images((pixels / 16).astype(np.float32).reshape(-1, 8, 8, 1), labels.astype(np.int32))
+  return Images(image=(pixels / 16).astype(np.float32).reshape(-1, 8, 8, 1), label=labels.astype(np.int32))

