@@ -1,0 +1,252 @@
+"""Host kernels inside compiled programs: a numba function as an XLA operation on CPU, without copies or Python.
+
+XLA's CPU backend has no good form for a few operations that our systems live on (depthwise convolution, sparse
+products). Such an operation is written as a numba function of one work item,
+
+    @kernels.kernel("double")
+    def double(item, frame):
+      x, y = kernels.operand(frame, 0, types.float32, 2), kernels.result(frame, 0, types.float32, 2)
+      for j in range(x.shape[1]):
+        y[item, j] = 2 * x[item, j]
+
+and `call` runs it for `item = 0 .. items - 1` on XLA's own thread pool, as part of whatever program it is traced into.
+Operands and results are C-ordered views of XLA's buffers; results are not initialised. Items run in any order and at
+once, so each must write its own part of the results.
+
+XLA calls a C function with one `XLA_FFI_CallFrame*` (jaxlib's `xla/ffi/api/c_api.h`; the binary interface is stable
+within its major version, which `supported` checks). Every field used here is eight bytes wide, so the functions below
+read the structures as arrays of words, at the positions named next.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+
+import jax
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from numba.np.unsafe.ndarray import to_fixed_tuple
+
+# Positions, in words, inside the structures of c_api.h.
+_FRAME_EXTENSION, _FRAME_API, _FRAME_CONTEXT = 1, 2, 3
+_FRAME_OPERANDS, _FRAME_RESULTS, _FRAME_ATTRIBUTES = 9, 14, 20
+_BUFFER_DATA, _BUFFER_DIMENSIONS = 3, 5
+_SCALAR_VALUE = 1
+_API_SCHEDULE, _API_NUM_THREADS = 17, 18
+_EXTENSION_METADATA, _METADATA_VERSION = 3, 3
+_VERSION_MAJOR, _VERSION_MINOR = 0, 3  # of the interface described here
+
+# Words of the block that the threads of one call share.
+_NEXT, _FINISHED, _OWNERS, _FRAME, _ITEMS, _KERNEL, _BLOCK_BYTES = 0, 1, 2, 3, 4, 5, 48
+
+_word = types.int64
+
+
+@functools.cache
+def supported() -> bool:
+  """Whether this jaxlib speaks the interface that this module implements."""
+  header = pathlib.Path(jax.ffi.include_dir()) / "xla/ffi/api/c_api.h"
+  if not header.is_file():
+    return False
+  major = re.search(r"#define XLA_FFI_API_MAJOR (\d+)", header.read_text())
+  return major is not None and int(major.group(1)) == _VERSION_MAJOR
+
+
+def available() -> bool:
+  """Whether operations should choose their host kernel: decided while tracing, by the default backend."""
+  return jax.default_backend() == "cpu" and supported()
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+  """A function (item, frame) and the name, unique in the process, under which XLA knows it."""
+
+  name: str
+  function: Callable
+
+
+def kernel(name: str) -> Callable[[Callable], Kernel]:
+  """Decorator that makes a `Kernel` from a function (item, frame) in numba's subset of Python."""
+  return lambda function: Kernel(name, function)
+
+
+def call(kernel: Kernel, results: Sequence[jax.ShapeDtypeStruct], *operands: jax.Array, items: int) -> list[jax.Array]:
+  """Runs a kernel for every item.
+
+  Args:
+    kernel: what to run.
+    results: shapes and dtypes of the results.
+    *operands: arrays of the ranks and dtypes that the kernel reads.
+    items: how many times the kernel runs; a few for each core balance the load.
+
+  Returns:
+    One array per entry of `results`.
+  """
+  target = _register(kernel)
+  return list(jax.ffi.ffi_call(target, list(results), vmap_method="sequential")(*operands, items=np.int64(items)))
+
+
+@functools.cache
+def _register(kernel: Kernel) -> str:
+  """Compiles a kernel and its C entry point, and names it to XLA."""
+  target = f"jaxlab.{kernel.name}"
+  function = numba.cfunc(types.void(_word, _word), cache=True, fastmath=True, error_model="numpy")(kernel.function)
+  run, task = _runtime()
+  addresses = run.address, function.address, task.address
+
+  # Tiny, and compiled anew in each process, since it holds the process's addresses.
+  @numba.cfunc(_word(_word))
+  def handler(frame):
+    return _call_3(addresses[0], frame, addresses[1], addresses[2])
+
+  jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler.ctypes), platform="cpu")
+  _keep_alive.append((function, handler))
+  return target
+
+
+@functools.cache
+def _runtime():
+  return numba.cfunc(_word(_word, _word, _word), cache=True)(_run), numba.cfunc(_word(_word), cache=True)(_task)
+
+
+_keep_alive: list = []  # XLA holds bare addresses
+
+
+# Memory and calls by address, for which numba's Python has no words.
+
+
+@intrinsic
+def words(typing_context, address):
+  """The words at an address, as an unbounded array."""
+  result = types.CPointer(_word)
+
+  def codegen(context, builder, signature, args):
+    return builder.inttoptr(args[0], context.get_value_type(result))
+
+  return result(_word), codegen
+
+
+@intrinsic
+def _pointer(typing_context, address, dtype):
+  result = types.CPointer(dtype.dtype)
+
+  def codegen(context, builder, signature, args):
+    return builder.inttoptr(args[0], context.get_value_type(result))
+
+  return result(_word, dtype), codegen
+
+
+@intrinsic
+def _fetch_add(typing_context, address, amount):
+  """Adds atomically; returns the value before."""
+
+  def codegen(context, builder, signature, args):
+    place = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+    return builder.atomic_rmw("add", place, args[1], "seq_cst")
+
+  return _word(_word, _word), codegen
+
+
+def _call_address(context, builder, signature, args):
+  word = ir.IntType(64)
+  function = ir.FunctionType(word, [word] * (len(args) - 1))
+  return builder.call(builder.inttoptr(args[0], function.as_pointer()), args[1:])
+
+
+@intrinsic
+def _call_1(typing_context, function, argument):
+  """Calls the C function at an address, as do the next two."""
+  return _word(_word, _word), _call_address
+
+
+@intrinsic
+def _call_2(typing_context, function, first, second):
+  return _word(_word, _word, _word), _call_address
+
+
+@intrinsic
+def _call_3(typing_context, function, first, second, third):
+  return _word(_word, _word, _word, _word), _call_address
+
+
+_malloc = types.ExternalFunction("malloc", _word(_word))
+_free = types.ExternalFunction("free", types.void(_word))
+_yield = types.ExternalFunction("sched_yield", types.int32())
+
+
+@numba.njit(inline="always")
+def _view(buffer, dtype, rank):
+  shape = to_fixed_tuple(numba.carray(_pointer(words(buffer)[_BUFFER_DIMENSIONS], _word), (rank,)), rank)
+  return numba.carray(_pointer(words(buffer)[_BUFFER_DATA], dtype), shape)
+
+
+@numba.njit(inline="always")
+def operand(frame, position, dtype, rank):
+  """Inside a kernel: view of an operand; `dtype` and `rank` are constants."""
+  return _view(words(words(frame)[_FRAME_OPERANDS])[position], dtype, rank)
+
+
+@numba.njit(inline="always")
+def result(frame, position, dtype, rank):
+  """Inside a kernel: view of a result; `dtype` and `rank` are constants."""
+  return _view(words(words(frame)[_FRAME_RESULTS])[position], dtype, rank)
+
+
+# One call: its items are handed out one by one to the calling thread and to tasks on XLA's pool.
+
+
+@numba.njit(cache=True)
+def _work(block):
+  shared = words(block)
+  while True:
+    item = _fetch_add(block + 8 * _NEXT, 1)
+    if item >= shared[_ITEMS]:
+      break
+    _call_2(shared[_KERNEL], item, shared[_FRAME])
+    _fetch_add(block + 8 * _FINISHED, 1)
+
+
+@numba.njit(cache=True)
+def _leave(block):
+  # A task that the pool starts late finds no item left, but must still find the block: the last owner frees it.
+  if _fetch_add(block + 8 * _OWNERS, -1) == 1:
+    _free(block)
+
+
+def _task(block):
+  _work(block)
+  _leave(block)
+  return 0
+
+
+def _run(frame_address, kernel, task):
+  frame = words(frame_address)
+  if frame[_FRAME_EXTENSION] != 0:  # XLA asks which version of the interface this is
+    metadata = words(words(frame[_FRAME_EXTENSION])[_EXTENSION_METADATA])
+    metadata[_METADATA_VERSION] = _VERSION_MAJOR + (_VERSION_MINOR << 32)
+    return 0
+  items = words(words(words(frame[_FRAME_ATTRIBUTES])[0])[_SCALAR_VALUE])[0]
+  api = words(frame[_FRAME_API])
+  # Requests to XLA start with their size in bytes, no extension, and the context.
+  request, threads = np.zeros(5, np.int64), np.ones(1, np.int64)
+  request[0], request[2], request[3] = 32, frame[_FRAME_CONTEXT], threads.ctypes.data
+  _call_1(api[_API_NUM_THREADS], request.ctypes.data)
+  owners = max(1, min(threads[0], items))
+  block = _malloc(_BLOCK_BYTES)
+  shared = words(block)
+  shared[_NEXT], shared[_FINISHED], shared[_OWNERS] = 0, 0, owners
+  shared[_FRAME], shared[_ITEMS], shared[_KERNEL] = frame_address, items, kernel
+  request[0], request[2], request[3], request[4] = 40, frame[_FRAME_CONTEXT], task, block
+  for _ in range(owners - 1):
+    _call_1(api[_API_SCHEDULE], request.ctypes.data)
+  _work(block)
+  # Items still open are running on other threads at this moment, so the wait is short and cannot deadlock.
+  while _fetch_add(block + 8 * _FINISHED, 0) < items:
+    _yield()
+  _leave(block)
+  return 0

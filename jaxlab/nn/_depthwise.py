@@ -1,0 +1,224 @@
+"""Host kernels of the depthwise convolution: register-blocked multiply-adds over vectors of channels.
+
+Two inner loops are written with LLVM vectors, because no compiler keeps the accumulators in registers by itself:
+`_convolve_tile` makes a run of `tile` output pixels of one row, `_correlate_row` the k x k weight gradients of one row.
+Both read NHWC arrays in place. A tap that falls outside the row reads a vector of zeros instead.
+"""
+
+import functools
+
+import llvmlite.binding
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from jaxlab import kernels
+
+_BAND = 8  # output rows an item makes
+_word = ir.IntType(64)
+
+
+@functools.cache
+def _max_lanes() -> int:
+  """Channels in a vector: one register with AVX-512, else 8 (one with AVX2, two with NEON)."""
+  return 16 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 8
+
+
+class _Vectors:
+  """Loads, stores and multiply-adds of float32 vectors at byte addresses."""
+
+  def __init__(self, builder, lanes):
+    self.builder, self.type, self.bytes = builder, ir.VectorType(ir.FloatType(), lanes), 4 * lanes
+
+  def load(self, address):
+    return self.builder.load(self.builder.inttoptr(address, self.type.as_pointer()), align=4)
+
+  def store(self, value, address):
+    self.builder.store(value, self.builder.inttoptr(address, self.type.as_pointer()), align=4)
+
+  def multiply_add(self, a, b, c):
+    fast = ("contract",)
+    return self.builder.fadd(self.builder.fmul(a, b, flags=fast), c, flags=fast)
+
+  def registers(self, values):
+    """Variables that a loop may change; LLVM turns the memory into registers."""
+    places = [cgutils.alloca_once(self.builder, self.type) for _ in values]
+    for place, value in zip(places, values, strict=True):
+      self.builder.store(value, place)
+    return places
+
+
+def _inside(builder, position, width, address, zeros):
+  """`address` where 0 <= position < width, else `zeros`."""
+  return builder.select(builder.icmp_unsigned("<", position, width), address, zeros)
+
+
+@intrinsic(prefer_literal=True)
+def _convolve_tile(typing, k, tile, lanes, edge, x, x_row, x_pixel, first, width, w, rows, channels, bias, y, zeros):
+  """y[t, :] = bias + sum over rows and kx of x[row, first + t + kx, :] * w[row, kx, :] for t < tile.
+
+  Addresses are in bytes; `x` is that of pixel `first`, which is negative at the left edge; `zeros` holds as many
+  zeros as there are channels.
+  """
+  k_, tile_, lanes_, edge_ = k.literal_value, tile.literal_value, lanes.literal_value, edge.literal_value
+
+  def codegen(context, builder, signature, args):
+    x, x_row, x_pixel, first, width, w, rows, channels, bias, y, zeros = args[4:]
+    vectors = _Vectors(builder, lanes_)
+    add, mul = builder.add, builder.mul
+    pixels, steps = [], []
+    for u in range(tile_ + k_ - 1):
+      address, step, position = add(x, mul(x_pixel, _word(u))), x_row, add(first, _word(u))
+      if edge_:
+        address, step = (_inside(builder, position, width, a, z) for a, z in ((address, zeros), (x_row, _word(0))))
+      pixels.append(address)
+      steps.append(step)
+    tap = mul(channels, _word(4))
+    with cgutils.for_range(builder, builder.udiv(channels, _word(lanes_))) as block:
+      offset = mul(block.index, _word(vectors.bytes))
+      sums = vectors.registers([vectors.load(add(bias, offset))] * tile_)
+      with cgutils.for_range(builder, rows) as row:
+        inputs = [vectors.load(add(add(p, offset), mul(row.index, s))) for p, s in zip(pixels, steps, strict=True)]
+        weights = add(add(w, offset), mul(row.index, mul(tap, _word(k_))))
+        totals = [builder.load(place) for place in sums]
+        for kx in range(k_):
+          weight = vectors.load(add(weights, mul(tap, _word(kx))))
+          totals = [vectors.multiply_add(inputs[t + kx], weight, totals[t]) for t in range(tile_)]
+        for place, total in zip(sums, totals, strict=True):
+          builder.store(total, place)
+      for t, place in enumerate(sums):
+        vectors.store(builder.load(place), add(add(y, offset), mul(tap, _word(t))))
+    return context.get_dummy_value()
+
+  word = types.int64
+  return types.void(k, tile, lanes, edge, *[word] * 11), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _correlate_row(typing, k, tile, lanes, rows, x, x_row, g, width, channels, offset, sums, zeros):
+  """sums[r, kx, :] += sum over j of x[r, j + kx - k // 2, :] * g[j, :] for r < rows, for one vector of channels.
+
+  Addresses are in bytes and of pixel 0; `offset` is that of the vector inside a pixel, `zeros` points at zeros.
+  """
+  k_, tile_, lanes_, rows_ = k.literal_value, tile.literal_value, lanes.literal_value, rows.literal_value
+
+  def codegen(context, builder, signature, args):
+    x, x_row, g, width, channels, offset, sums, zeros = args[4:]
+    vectors = _Vectors(builder, lanes_)
+    add, mul = builder.add, builder.mul
+    pixel = mul(channels, _word(4))
+    x, g, sums = add(x, offset), add(g, offset), add(sums, offset)
+    addresses = [add(sums, mul(pixel, _word(tap))) for tap in range(rows_ * k_)]
+    places = vectors.registers([vectors.load(address) for address in addresses])
+    tiles = builder.udiv(add(width, _word(tile_ - 1)), _word(tile_))
+    with cgutils.for_range(builder, tiles) as loop:
+      first = mul(loop.index, _word(tile_))
+      gradients = []
+      for t in range(tile_):
+        position = add(first, _word(t))
+        gradients.append(vectors.load(_inside(builder, position, width, add(g, mul(position, pixel)), zeros)))
+      for r in range(rows_):
+        row = add(x, mul(x_row, _word(r)))
+        inputs = []
+        for u in range(tile_ + k_ - 1):
+          position = add(first, _word(u - k_ // 2))
+          inputs.append(vectors.load(_inside(builder, position, width, add(row, mul(position, pixel)), zeros)))
+        for kx in range(k_):
+          total = builder.load(places[r * k_ + kx])
+          for t in range(tile_):
+            total = vectors.multiply_add(inputs[t + kx], gradients[t], total)
+          builder.store(total, places[r * k_ + kx])
+    for address, place in zip(addresses, places, strict=True):
+      vectors.store(builder.load(place), address)
+    return context.get_dummy_value()
+
+  word = types.int64
+  return types.void(k, tile, lanes, rows, *[word] * 8), codegen
+
+
+def lanes_for(channels: int) -> int:
+  """Channels in a vector, for a multiple of 8 channels."""
+  return _max_lanes() if channels % _max_lanes() == 0 else 8
+
+
+def tile_for(width: int) -> int:
+  """Output pixels computed together: as many as the registers hold, wasting few where tiles overlap at the end."""
+  most = 8 if _max_lanes() == 16 else 6
+  return min(range(1, min(most, width) + 1), key=lambda tile: -(-width // tile) * (tile + 2))
+
+
+@functools.cache
+def convolve(k: int, tile: int, lanes: int) -> kernels.Kernel:
+  """Kernel (x [N, H, W, C], w [k, k, 1, C], bias [C]) -> y [N, H, W, C]; an item is `_BAND` rows of an image."""
+
+  @kernels.kernel(f"depthwise.convolve.{k}.{tile}.{lanes}")
+  def kernel(item, frame):
+    x, w = kernels.operand(frame, 0, types.float32, 4), kernels.operand(frame, 1, types.float32, 4)
+    bias, y = kernels.operand(frame, 2, types.float32, 1), kernels.result(frame, 0, types.float32, 4)
+    height, width, channels = x.shape[1], x.shape[2], x.shape[3]
+    pixel, row, pad = 4 * channels, 4 * channels * width, k // 2
+    bands = (height + _BAND - 1) // _BAND
+    n, top = item // bands, item % bands * _BAND
+    zeros = np.zeros(channels, np.float32)
+    for i in range(top, min(top + _BAND, height)):
+      start, stop = max(0, pad - i), min(k, height + pad - i)
+      weights = w.ctypes.data + 4 * channels * k * start
+      for j in range(0, width, tile):
+        j = min(j, width - tile)
+        source = x.ctypes.data + row * (n * height + i + start - pad) + pixel * (j - pad)
+        target = y.ctypes.data + row * (n * height + i) + pixel * j
+        if j >= pad and j + tile + pad <= width:
+          _convolve_tile(
+            k, tile, lanes, False, source, row, pixel, j - pad, width, weights, stop - start, channels,
+            bias.ctypes.data, target, zeros.ctypes.data,
+          )  # fmt: skip
+        else:
+          _convolve_tile(
+            k, tile, lanes, True, source, row, pixel, j - pad, width, weights, stop - start, channels,
+            bias.ctypes.data, target, zeros.ctypes.data,
+          )  # fmt: skip
+
+  return kernel
+
+
+def convolve_items(shape: tuple[int, ...]) -> int:
+  """Items of `convolve` for images of shape [N, H, W, C]."""
+  return shape[0] * -(-shape[1] // _BAND)
+
+
+@functools.cache
+def correlate(k: int, tile: int, lanes: int) -> kernels.Kernel:
+  """Kernel (x, g [N, H, W, C]) -> partial weight gradients [items, k * k, C]; an item is a run of image rows."""
+  group = {3: 3, 5: 2}.get(k, 1)  # kernel rows whose sums fit into the registers together
+
+  @kernels.kernel(f"depthwise.correlate.{k}.{tile}.{lanes}")
+  def kernel(item, frame):
+    x, g = kernels.operand(frame, 0, types.float32, 4), kernels.operand(frame, 1, types.float32, 4)
+    sums = kernels.result(frame, 0, types.float32, 3)
+    height, width, channels = x.shape[1], x.shape[2], x.shape[3]
+    row, pad = 4 * channels * width, k // 2
+    zeros = np.zeros(channels, np.float32)
+    sums[item] = 0
+    target = sums.ctypes.data + 4 * channels * k * k * item
+    total, items = x.shape[0] * height, sums.shape[0]
+    for r in range(total * item // items, total * (item + 1) // items):
+      i = r % height
+      start, stop = max(0, pad - i), min(k, height + pad - i)
+      for c in range(0, 4 * channels, 4 * lanes):
+        ky = start
+        while ky < stop:
+          source = x.ctypes.data + row * (r + ky - pad)
+          gradient = g.ctypes.data + row * r
+          out = target + 4 * channels * k * ky
+          if group > 1 and ky + group <= stop:
+            _correlate_row(
+              k, tile, lanes, group, source, row, gradient, width, channels, c, out, zeros.ctypes.data
+            )  # fmt: skip
+            ky += group
+          else:
+            _correlate_row(k, tile, lanes, 1, source, row, gradient, width, channels, c, out, zeros.ctypes.data)
+            ky += 1
+
+  return kernel
