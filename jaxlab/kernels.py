@@ -25,10 +25,12 @@ import re
 from collections.abc import Callable, Sequence
 
 import jax
+import llvmlite.binding
 import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.unsafe.ndarray import to_fixed_tuple
 
@@ -195,6 +197,77 @@ def operand(frame, position, dtype, rank):
 def result(frame, position, dtype, rank):
   """Inside a kernel: view of a result; `dtype` and `rank` are constants."""
   return _view(words(words(frame)[_FRAME_RESULTS])[position], dtype, rank)
+
+
+class Vectors:
+  """Float32 vectors at byte addresses, for inner loops that a kernel writes with LLVM's builder."""
+
+  def __init__(self, builder: ir.IRBuilder, lanes: int):
+    self.builder, self.lanes = builder, lanes
+    self.type, self.bytes = ir.VectorType(ir.FloatType(), lanes), 4 * lanes
+
+  def _place(self, address):
+    return self.builder.inttoptr(address, self.type.as_pointer())
+
+  def load(self, address):
+    """The vector at an address."""
+    return self.builder.load(self._place(address), align=4)
+
+  def store(self, value, address):
+    """Writes a vector."""
+    self.builder.store(value, self._place(address), align=4)
+
+  def mask(self, count):
+    """Mask of the first `count` lanes."""
+    counts = self.splat(count, ir.IntType(64))
+    lanes = ir.Constant(ir.VectorType(ir.IntType(64), self.lanes), list(range(self.lanes)))
+    return self.builder.icmp_signed("<", lanes, counts)
+
+  def load_masked(self, address, mask):
+    """The vector at an address, zero where the mask is off; only lanes that are on touch memory."""
+    arguments = [self.type.as_pointer(), ir.IntType(32), mask.type, self.type]
+    function = self._intrinsic("load", ir.FunctionType(self.type, arguments))
+    return self.builder.call(function, [self._place(address), ir.IntType(32)(4), mask, self.zero()])
+
+  def store_masked(self, value, address, mask):
+    """Writes the lanes that are on."""
+    arguments = [self.type, self.type.as_pointer(), ir.IntType(32), mask.type]
+    function = self._intrinsic("store", ir.FunctionType(ir.VoidType(), arguments))
+    self.builder.call(function, [value, self._place(address), ir.IntType(32)(4), mask])
+
+  def _intrinsic(self, name, function_type):
+    full = f"llvm.masked.{name}.v{self.lanes}f32.p0"
+    return cgutils.get_or_insert_function(self.builder.module, function_type, full)
+
+  def zero(self):
+    """Vector of zeros."""
+    return ir.Constant(self.type, [0.0] * self.lanes)
+
+  def splat(self, value, element=None):
+    """Vector of copies of a scalar."""
+    kind = ir.VectorType(element or ir.FloatType(), self.lanes)
+    first = self.builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.IntType(32)(0))
+    return self.builder.shuffle_vector(
+      first, first, ir.Constant(ir.VectorType(ir.IntType(32), self.lanes), [0] * self.lanes)
+    )
+
+  def multiply_add(self, a, b, c):
+    """a * b + c."""
+    fast = ("contract",)
+    return self.builder.fadd(self.builder.fmul(a, b, flags=fast), c, flags=fast)
+
+  def registers(self, values):
+    """Variables that a loop may change; LLVM turns their memory into registers."""
+    places = [cgutils.alloca_once(self.builder, self.type) for _ in values]
+    for place, value in zip(places, values, strict=True):
+      self.builder.store(value, place)
+    return places
+
+
+@functools.cache
+def max_lanes() -> int:
+  """Float32 values in a vector: one register with AVX-512, else 8 (one register with AVX2, two with NEON)."""
+  return 16 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 8
 
 
 # One call: its items are handed out one by one to the calling thread and to tasks on XLA's pool.

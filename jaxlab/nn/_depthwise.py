@@ -7,7 +7,6 @@ Both read NHWC arrays in place. A tap that falls outside the row reads a vector 
 
 import functools
 
-import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -18,36 +17,6 @@ from jaxlab import kernels
 
 _BAND = 8  # output rows an item makes
 _word = ir.IntType(64)
-
-
-@functools.cache
-def _max_lanes() -> int:
-  """Channels in a vector: one register with AVX-512, else 8 (one with AVX2, two with NEON)."""
-  return 16 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 8
-
-
-class _Vectors:
-  """Loads, stores and multiply-adds of float32 vectors at byte addresses."""
-
-  def __init__(self, builder, lanes):
-    self.builder, self.type, self.bytes = builder, ir.VectorType(ir.FloatType(), lanes), 4 * lanes
-
-  def load(self, address):
-    return self.builder.load(self.builder.inttoptr(address, self.type.as_pointer()), align=4)
-
-  def store(self, value, address):
-    self.builder.store(value, self.builder.inttoptr(address, self.type.as_pointer()), align=4)
-
-  def multiply_add(self, a, b, c):
-    fast = ("contract",)
-    return self.builder.fadd(self.builder.fmul(a, b, flags=fast), c, flags=fast)
-
-  def registers(self, values):
-    """Variables that a loop may change; LLVM turns the memory into registers."""
-    places = [cgutils.alloca_once(self.builder, self.type) for _ in values]
-    for place, value in zip(places, values, strict=True):
-      self.builder.store(value, place)
-    return places
 
 
 def _inside(builder, position, width, address, zeros):
@@ -66,7 +35,7 @@ def _convolve_tile(typing, k, tile, lanes, edge, x, x_row, x_pixel, first, width
 
   def codegen(context, builder, signature, args):
     x, x_row, x_pixel, first, width, w, rows, channels, bias, y, zeros = args[4:]
-    vectors = _Vectors(builder, lanes_)
+    vectors = kernels.Vectors(builder, lanes_)
     add, mul = builder.add, builder.mul
     pixels, steps = [], []
     for u in range(tile_ + k_ - 1):
@@ -106,7 +75,7 @@ def _correlate_row(typing, k, tile, lanes, rows, x, x_row, g, width, channels, o
 
   def codegen(context, builder, signature, args):
     x, x_row, g, width, channels, offset, sums, zeros = args[4:]
-    vectors = _Vectors(builder, lanes_)
+    vectors = kernels.Vectors(builder, lanes_)
     add, mul = builder.add, builder.mul
     pixel = mul(channels, _word(4))
     x, g, sums = add(x, offset), add(g, offset), add(sums, offset)
@@ -140,12 +109,12 @@ def _correlate_row(typing, k, tile, lanes, rows, x, x_row, g, width, channels, o
 
 def lanes_for(channels: int) -> int:
   """Channels in a vector, for a multiple of 8 channels."""
-  return _max_lanes() if channels % _max_lanes() == 0 else 8
+  return kernels.max_lanes() if channels % kernels.max_lanes() == 0 else 8
 
 
 def tile_for(width: int) -> int:
   """Output pixels computed together: as many as the registers hold, wasting few where tiles overlap at the end."""
-  most = 8 if _max_lanes() == 16 else 6
+  most = 8 if kernels.max_lanes() == 16 else 6
   return min(range(1, min(most, width) + 1), key=lambda tile: -(-width // tile) * (tile + 2))
 
 

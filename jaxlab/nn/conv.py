@@ -1,9 +1,9 @@
 """Depthwise and grouped pointwise convolution, NHWC, each in the form that is fastest on the backend at hand.
 
-On GPU and TPU both are XLA's own grouped operations. XLA's CPU backend has no fast grouped convolution (jax issue 23713,
-flax issue 4207), so there float32 and narrower types run as host kernels (`jaxlab.nn._depthwise`, `jaxlab.nn._grouped`)
-in float32. Gradients are again such convolutions, so they can be differentiated further; forward-mode differentiation
-is not available on CPU.
+On GPU and TPU both are XLA's own grouped operations. XLA's CPU backend has no fast grouped convolution (jax issue
+23713, flax issue 4207), so there float32 and narrower types run as host kernels (`jaxlab.nn._depthwise`,
+`jaxlab.nn._grouped`) in float32. Gradients are again such convolutions, so they can be differentiated further;
+forward-mode differentiation is not available on CPU.
 """
 
 import functools
