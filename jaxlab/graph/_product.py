@@ -30,7 +30,7 @@ def _sum_rows(typing, lanes, vectors, full, columns, order, values, start, stop,
     columns, order, values, start, stop, x, x_row, y, count = args[3:]
     vector = kernels.Vectors(builder, lanes_)
     add, mul, word = builder.add, builder.mul, _word
-    masks = [vector.mask(builder.sub(count, word(v * lanes_))) for v in range(vectors_)] if not full_ else None
+    masks = [vector.mask(builder.sub(count, word(v * lanes_))) for v in range(vectors_)]
 
     def element(kind, array, index):
       return builder.load(builder.inttoptr(add(array, mul(index, word(4))), kind.as_pointer()))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import jraph
 import numpy as np
 import scipy.sparse
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxlab import kernels
 from jaxlab.graph import _product
@@ -49,6 +49,10 @@ class Operator:
     """[R, C]."""
     return self.row_starts.shape[-1] - 1, self.transpose_starts.shape[-1] - 1
 
+  def replace_values(self, values: Float[Array, " e"]) -> "Operator":
+    """The same pattern with other weights."""
+    return self.replace(values=values)  # type: ignore[attr-defined]
+
   @property
   def dtype(self) -> jnp.dtype:
     """Dtype of the values."""
@@ -76,7 +80,7 @@ def from_scipy(
   return _operator(rows, csr.indices, csr.data.astype(dtype), csr.shape, np)
 
 
-def operator(graph: jraph.GraphsTuple, weights: Float[ArrayLike, " e"] | None = None) -> Operator:
+def operator(graph: jraph.GraphsTuple, weights: Float[Array, " e"] | None = None) -> Operator:
   """The graph's weighted adjacency: row = receiver, column = sender. On the host, or traced under `jit`.
 
   Args:

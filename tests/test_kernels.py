@@ -1,0 +1,94 @@
+"""Numba functions as XLA operations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numba import types
+
+from jaxlab import kernels
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason="host kernels are for the CPU backend")
+
+
+@kernels.kernel("test.scale_rows")
+def scale_rows(item, frame):
+  x, s = kernels.operand(frame, 0, types.float32, 2), kernels.operand(frame, 1, types.float32, 1)
+  y, total = kernels.result(frame, 0, types.float32, 2), kernels.result(frame, 1, types.float32, 1)
+  total[item] = 0
+  for j in range(x.shape[1]):
+    y[item, j] = s[item] * x[item, j]
+    total[item] += y[item, j]
+
+
+@jax.jit
+def scale(x, s):
+  shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(s.shape, s.dtype)]
+  return kernels.call(scale_rows, shapes, x, s, items=x.shape[0])
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 1000])
+def test_every_item_runs_once(rows):
+  x = np.random.default_rng(0).standard_normal((rows, 7)).astype("float32")
+  s = np.arange(rows, dtype="float32")
+  y, total = scale(x, s)
+  np.testing.assert_allclose(y, s[:, None] * x, rtol=1e-6)
+  np.testing.assert_allclose(total, (s[:, None] * x).sum(1), rtol=1e-4, atol=1e-4)
+
+
+def test_many_calls_at_once_on_eight_devices():
+  x = np.random.default_rng(1).standard_normal((8, 64, 5)).astype("float32")
+  s = np.random.default_rng(2).standard_normal((8, 64)).astype("float32")
+  many = jax.pmap(lambda x, s: scale(*scale(x, s)))
+  for _ in range(50):
+    y, _ = many(x, s)
+  first = s[..., None] * x
+  np.testing.assert_allclose(y, first.sum(-1)[..., None] * first, rtol=1e-3, atol=1e-4)
+
+
+def test_two_independent_calls_in_one_program():
+  x = jnp.ones((300, 3))
+
+  @jax.jit
+  def both(x):
+    return scale(x, x[:, 0])[1] + scale(2 * x, x[:, 0])[1]
+
+  for _ in range(20):
+    np.testing.assert_array_equal(both(x), np.full(300, 9.0))
+
+
+def test_vmap_runs_the_kernel_for_each_element():
+  x = np.random.default_rng(3).standard_normal((4, 6, 5)).astype("float32")
+  s = np.ones(6, "float32")
+  y, _ = jax.vmap(scale, (0, None))(x, s)
+  np.testing.assert_array_equal(y, x)
+
+
+def test_another_interface_version_is_not_used(tmp_path, monkeypatch):
+  header = tmp_path / "xla/ffi/api/c_api.h"
+  header.parent.mkdir(parents=True)
+  header.write_text("#define XLA_FFI_API_MAJOR 1\n")
+  monkeypatch.setattr(jax.ffi, "include_dir", lambda: str(tmp_path))
+  assert not kernels.supported.__wrapped__()
+  header.write_text("#define XLA_FFI_API_MAJOR 0\n")
+  assert kernels.supported.__wrapped__()
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_masked_lanes(count):
+  import numba
+
+  @numba.extending.intrinsic
+  def move(typing, source, target, n):
+    def codegen(context, builder, signature, args):
+      vectors = kernels.Vectors(builder, 8)
+      mask = vectors.mask(args[2])
+      vectors.store_masked(vectors.load_masked(args[0], mask), args[1], mask)
+      return context.get_dummy_value()
+
+    word = types.int64
+    return types.void(word, word, word), codegen
+
+  source, target = np.arange(1, 9, dtype="float32"), np.zeros(8, "float32")
+  numba.njit(lambda s, t, n: move(s, t, n))(source.ctypes.data, target.ctypes.data, count)
+  np.testing.assert_array_equal(target, np.where(np.arange(8) < count, source, 0))
