@@ -30,3 +30,9 @@ def leading(name: str, array: Any) -> int:
   if not shape:
     raise ValueError(f"{name}: got a scalar, expected an array whose first axis is the example")
   return shape[0]
+
+
+def text(name: str, value: Any) -> None:
+  """Words, not blank."""
+  if not isinstance(value, str) or not value.strip():
+    raise ValueError(f"{name}: got {value!r}, expected text")

@@ -28,8 +28,8 @@ class Learner(NamedTuple):
 
   Attributes:
     init: (key, batch) -> state. The batch gives shapes; its values must not matter.
-    step: (state, batch) -> (next state, metrics). `train.fit` watches the metrics named `loss` and `grad_norm` and stops
-      where one is not finite; the others may be anything.
+    step: (state, batch) -> (next state, metrics). `train.fit` watches the metrics named `loss` and `grad_norm` and
+      stops where one is not finite; the others may be anything.
     evaluate: (state, batch) -> metrics. Draws nothing and changes nothing.
     axis_name: the device axis over which `step` averages gradients and statistics, for `train.pmap_step`; None if it
       computes on the whole batch.
@@ -92,8 +92,8 @@ def supervised(
     ema_decay: d of the moving average `average = d * average + (1 - d) * variables`, taken after every update and
       used by `evaluate`. Statistics of BatchNorm are averaged like the weights, so that the two stay in step.
     accumulate: micro-batches a batch is computed in, to save memory. Each array of the batch is split along its first
-      axis, so batches that hold a graph need 1. The update is that of the whole batch as long as the loss is a mean over
-      examples and the model has no BatchNorm, which normalises each micro-batch by itself.
+      axis, so batches that hold a graph need 1. The update is that of the whole batch as long as the loss is a mean
+      over examples and the model has no BatchNorm, which normalises each micro-batch by itself.
     axis_name: axis of `pmap` or `vmap` over which gradients, statistics and metrics are averaged.
 
   Returns:
@@ -118,7 +118,7 @@ def supervised(
     params: PyTree, collections: dict[str, PyTree], batch: Batch, key: Key[Array, ""]
   ) -> tuple[Float[Array, ""], tuple[dict[str, PyTree], Metrics]]:
     dropout, drop_path = jax.random.split(key)
-    outputs, collections = model.apply(
+    outputs, updated = model.apply(
       {"params": params, **collections},
       inputs(batch),
       train=True,
@@ -126,7 +126,7 @@ def supervised(
       mutable=list(collections),
     )
     value, metrics = loss(outputs, batch)
-    return value, (dict(collections), {"loss": value, **metrics})
+    return value, (dict(updated), {"loss": value, **metrics})
 
   gradient = jax.grad(objective, has_aux=True)
 
@@ -182,8 +182,9 @@ def over_seeds(learner: Learner, *, batch_axis: int | None = None) -> Learner:
     A learner whose key, states and metrics have a leading axis of runs: `init(jax.random.split(key, 10), batch)`.
   """
   axes = (0, batch_axis)
-  init, step, evaluate = (jax.vmap(f, axes) for f in (learner.init, learner.step, learner.evaluate))
-  return Learner(init, step, evaluate, learner.axis_name)
+  return Learner(
+    jax.vmap(learner.init, axes), jax.vmap(learner.step, axes), jax.vmap(learner.evaluate, axes), learner.axis_name
+  )
 
 
 def cross_entropy(
@@ -197,8 +198,8 @@ def cross_entropy(
   Args:
     label_smoothing: e in (1 - e) onehot + e / C.
     labels: of a batch: class numbers [...] or distributions [..., C], as mixup makes them.
-    mask: of a batch: which entries count [...]: the labelled nodes of a graph, the real examples of a padded batch. None
-      for all.
+    mask: of a batch: which entries count [...]: the labelled nodes of a graph, the real examples of a padded batch.
+      None for all.
 
   Returns:
     (logits [..., C], batch) -> (mean over what counts, in float32; {"accuracy"}, a fraction). An empty mask gives 0.
@@ -227,7 +228,7 @@ def cross_entropy(
 
 
 def decay_mask(params: PyTree) -> PyTree:
-  """Which weights to decay, for `optax.adamw(..., mask=decay_mask)`: matrices and kernels, not biases and norm scales."""
+  """Which weights to decay, for `optax.adamw(..., mask=decay_mask)`: kernels, not biases nor scales of norms."""
   return jax.tree.map(lambda p: jnp.ndim(p) > 1, params)
 
 

@@ -1,7 +1,6 @@
 """`fit`: run any learner for a number of steps, so that a kill at any moment costs time but changes nothing."""
 
 import contextlib
-import dataclasses
 import functools
 import json
 import os
@@ -24,6 +23,7 @@ from jaxlab.train import checks, parallel
 from jaxlab.train.checkpoint import Checkpoints
 from jaxlab.train.learner import Batch, Learner, Metrics, State
 from jaxlab.train.metrics import Logs
+from jaxlab.train.result import settings
 
 _WATCHED = ("loss", "grad_norm")
 # Steps in flight before the oldest must be checked. The device always has work queued, and no more batches than this
@@ -138,8 +138,9 @@ def fit(
         saves = step % save_every == 0 or step == steps or stop
         land(everything=evaluates or saves)
         if evaluates:
+          evaluation: Mapping[str, Any]
           if _several(evaluate_on):
-            evaluation = _mean(lambda batch: evaluate(state, place(batch)), evaluate_on)
+            evaluation = _mean(evaluate, state, map(place, evaluate_on))
           else:
             evaluation = evaluate(state, evaluate_on)
           logs.record(step, {f"eval_{name}": value for name, value in evaluation.items()})
@@ -245,7 +246,8 @@ def _stop(folder: Path, step: int, batch: Batch, why: str) -> None:
   suffix = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
   path = folder / f"nonfinite_step_{step}{suffix}.npz"
   leaves = jax.tree_util.tree_flatten_with_path(batch)[0]
-  np.savez(path, **{jax.tree_util.keystr(p, simple=True, separator="."): _local(leaf) for p, leaf in leaves})
+  arrays: dict[str, Any] = {jax.tree_util.keystr(p, simple=True, separator="."): _local(leaf) for p, leaf in leaves}
+  np.savez(path, **arrays)
   raise FloatingPointError(f"step {step}: {why}; its batch is in {path}, the last good checkpoint is kept")
 
 
@@ -260,13 +262,13 @@ def _several(batches: Any) -> bool:
   return isinstance(batches, (list, *_DATASETS))
 
 
-def _mean(evaluate: Callable[[Batch], Metrics], batches: Iterable[Batch]) -> Metrics:
+def _mean(evaluate: Callable[[State, Batch], Metrics], state: State, batches: Iterable[Batch]) -> dict[str, np.ndarray]:
   """Metrics averaged over batches that may differ in size."""
-  total: Metrics = {}
+  total: dict[str, np.ndarray] = {}
   count = 0
   for batch in batches:
     size = checks.leading("evaluate_on", jax.tree.leaves(batch)[0])
-    part = {name: size * np.asarray(value, np.float64) for name, value in evaluate(batch).items()}
+    part = {name: size * np.asarray(value, np.float64) for name, value in evaluate(state, batch).items()}
     total = {name: total[name] + value for name, value in part.items()} if count else part
     count += size
   if not count:
@@ -278,10 +280,7 @@ def _same_config(path: Path, config: Any) -> None:
   """Writes the config of a new run; refuses that of another."""
   if config is None:
     return
-  fields = dataclasses.asdict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else config
-  if not isinstance(fields, Mapping):
-    raise ValueError(f"config: got a {type(config).__name__}, expected a dataclass or a mapping")
-  wanted = json.loads(json.dumps(dict(fields), default=str))
+  wanted = settings(config)
   if path.exists():
     with contextlib.suppress(json.JSONDecodeError):  # a kill while it was written: write it again
       saved = json.loads(path.read_text())
@@ -292,8 +291,8 @@ def _same_config(path: Path, config: Any) -> None:
       ]
       if differences:
         raise ValueError(
-          f"workdir: got {path.parent}, the folder of a run with other settings ({'; '.join(differences)}), expected an "
-          "empty one or the same settings"
+          f"workdir: got {path.parent}, the folder of a run with other settings ({'; '.join(differences)}), expected "
+          "an empty one or the same settings"
         )
       return
   if jax.process_index() == 0:

@@ -101,8 +101,8 @@ def pmap_step(learner: Learner) -> Callable[[State, Batch], tuple[State, Metrics
   """The step under `jax.pmap`: (states [D, ...], batches [D, B / D, ...]) -> the same with metrics [D].
 
   Args:
-    learner: one that averages over devices: `supervised(..., axis_name="data")` and a model whose BatchNorm has the same
-      `axis_name`. `replicate` makes its states and `split_batch` its batches. Dropout differs between devices.
+    learner: one that averages over devices: `supervised(..., axis_name="data")` and a model whose BatchNorm has the
+      same `axis_name`. `replicate` makes its states and `split_batch` its batches. Dropout differs between devices.
   """
   if learner.axis_name is None:
     raise ValueError("learner: got one without axis_name, whose devices would drift apart, expected axis_name='data'")
@@ -140,8 +140,8 @@ def distributed(
   """Joins this process to a run of several; call it before anything else of JAX.
 
   Args:
-    coordinator: `host:port` of process 0. None for the environment variable JAX_COORDINATOR_ADDRESS or, in a job of several
-      tasks under Slurm or Open MPI, what JAX finds there. With none of these the run is of one process.
+    coordinator: `host:port` of process 0. None for the environment variable JAX_COORDINATOR_ADDRESS or, in a job of
+      several tasks under Slurm or Open MPI, what JAX finds there. With none of these the run is of one process.
     num_processes: None for JAX_NUM_PROCESSES.
     process_id: None for JAX_PROCESS_ID.
 
