@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import jraph
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from jaxlab.graph import sparse, structure
 
@@ -70,7 +70,7 @@ class Linear(nn.Module):
 
 
 class Dropout(nn.Module):
-  """Zeroes each entry with probability `rate` and scales the others by 1 / (1 - rate), in training only.
+  """Zeroes each entry with probability `rate` and scales the others to keep the mean, in training only.
 
   For sparse features only stored entries are drawn, since a dropped zero is a zero: the same distribution as for the
   dense matrix, at a cost that follows the entries. Its random stream is named "dropout".
@@ -81,8 +81,32 @@ class Dropout(nn.Module):
   @nn.compact
   def __call__(self, x: Features, *, train: bool) -> Features:
     """Same shape and form as `x`."""
-    drop = nn.Dropout(self.rate, deterministic=not train)
-    return x.replace_values(drop(x.values)) if isinstance(x, sparse.Operator) else drop(x)
+    if not train or self.rate == 0:
+      return x
+    key = self.make_rng("dropout")
+    if isinstance(x, sparse.Operator):
+      return x.replace_values(dropout(key, x.values, self.rate))
+    return dropout(key, jnp.asarray(x), self.rate)
+
+
+def dropout(key: Key[Array, ""], x: Float[Array, "*shape"], rate: float) -> Float[Array, "*shape"]:
+  """Inverted dropout from 16 random bits an entry: several times the speed of `nn.Dropout` on CPU, where bits dominate.
+
+  Args:
+    key: of this draw.
+    x: any shape.
+    rate: in [0, 1), rounded to a multiple of 2^-16; the scale is that of the rounded rate, so the mean is exact.
+
+  Raises:
+    ValueError: on another rate.
+  """
+  if not 0 <= rate < 1:
+    raise ValueError(f"rate: got {rate}, expected a number in [0, 1)")
+  threshold = max(round((1 - rate) * 2**16), 1)
+  bits = jax.random.bits(key, (-(-x.size // 2),), "uint32")
+  keep = (jnp.concatenate([bits & 0xFFFF, bits >> 16]) < threshold)[: x.size].reshape(x.shape)
+  keep = jax.lax.optimization_barrier(keep)  # else XLA draws again, fused into every use, the gradient's included
+  return jnp.where(keep, x * jnp.asarray(2**16 / threshold, x.dtype), 0)
 
 
 # ------------------------------------------------------------------------------------------------------ convolutions
@@ -174,7 +198,8 @@ class GATConv(nn.Module):
     to_receiver, to_sender = project("attention_receiver"), project("attention_sender")  # u . z and v . z, [N, heads]
     score = nn.leaky_relu(to_receiver[operator.rows] + to_sender[operator.columns], self.negative_slope)
     attention = jraph.segment_softmax(score, operator.rows, operator.shape[0])  # [E, heads]
-    attention = nn.Dropout(self.dropout, deterministic=not train)(attention)
+    if train and self.dropout > 0:
+      attention = dropout(self.make_rng("dropout"), attention, self.dropout)
     y = jax.vmap(sparse.propagate, (None, 1, 1), 1)(operator, z, attention)
     y = y.reshape(y.shape[0], -1) if self.concat else y.mean(axis=1)
     return y + _bias(self, y.shape[-1]) if self.use_bias else y
