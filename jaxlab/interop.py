@@ -308,6 +308,9 @@ def _targets(rules: Mapping[str, Rule]) -> list[tuple[str, Leaf]]:
   twice = sorted({path for path in paths if paths.count(path) > 1})
   if twice:
     raise ValueError(f"rules: got two rules for {twice}, expected one rule an array")
+  inside = sorted(path for path in paths if any(path.startswith(f"{other}/") for other in paths))
+  if inside:
+    raise ValueError(f"rules: got rules for {inside} and for an array above, expected modules and arrays to be apart")
   return out
 
 

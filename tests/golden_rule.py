@@ -1,8 +1,8 @@
 """Golden outputs: what an official PyTorch model computed from weights and inputs that this rule makes.
 
-A file `tests/golden/<slug>.npz` holds the model's tensor names and shapes and its outputs, but neither weights nor code:
-a tensor's values follow from its name and shape, here as they did there. `check` makes the weights again, converts them,
-applies the JAX model and compares.
+A file `tests/golden/<slug>.npz` holds the model's tensor names and shapes and its outputs, but no weights and no code:
+a tensor's values follow from its name and shape, here as they did there. `check` makes the weights again, converts
+them, applies the JAX model and compares.
 """
 
 import json

@@ -131,7 +131,7 @@ def load(name: str, directory: str | os.PathLike[str] | None = None, *, publishe
   features.sort_indices()
   receivers = np.repeat(np.fromiter(graph, np.int64, n), [len(neighbours) for neighbours in graph.values()])
   senders = np.concatenate([np.asarray(neighbours, np.int64) for neighbours in graph.values()])
-  edges = node.undirected(senders, receivers, n)
+  edges = files.parse(find("graph"), lambda _: node.undirected(senders, receivers, n), "neighbours that exist")
   dataset = NodeDataset(
     features,
     *edges,

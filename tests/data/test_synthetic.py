@@ -1,0 +1,88 @@
+import networkx
+import numpy as np
+import pytest
+
+from jaxlab.data import synthetic
+
+
+def as_networkx(edges, num_nodes):
+  senders, receivers = edges
+  graph = networkx.Graph()
+  graph.add_nodes_from(range(num_nodes))
+  graph.add_edges_from(zip(senders.tolist(), receivers.tolist(), strict=True))
+  return graph
+
+
+def check_simple(edges):
+  senders, receivers = edges
+  assert senders.dtype == receivers.dtype == np.int32 and (senders != receivers).all()
+  pairs = set(zip(senders.tolist(), receivers.tolist(), strict=True))
+  assert len(pairs) == len(senders) and all((b, a) in pairs for a, b in pairs)
+  order = receivers.astype(np.int64) * (senders.max(initial=0) + 1) + senders
+  assert (np.diff(order) > 0).all()
+
+
+@pytest.mark.parametrize("homophily", [0.1, 0.8])
+def test_citation_has_the_asked_for_statistics(homophily):
+  dataset = synthetic.citation(3000, 4, mean_degree=10, homophily=homophily, seed=2)
+  check_simple((dataset.senders, dataset.receivers))
+  assert len(dataset.senders) == 3000 * 10
+  same = (dataset.labels[dataset.senders] == dataset.labels[dataset.receivers]).mean()
+  assert abs(same - homophily) < 0.04
+  assert np.bincount(dataset.labels).tolist() == [750] * 4
+  degrees = np.bincount(dataset.receivers, minlength=3000)
+  assert degrees.max() > 5 * degrees.mean() > 10 * degrees.std() / 10  # heavy-tailed
+  assert dataset.features.shape == (3000, 500) and (dataset.features.data == 1).all()
+  assert 15 < dataset.features.nnz / 3000 <= 20
+  assert (dataset.train_mask.sum(), dataset.val_mask.sum(), dataset.test_mask.sum()) == (80, 500, 1000)
+
+
+def test_citation_words_tell_the_class():
+  def accuracy(share):
+    dataset = synthetic.citation(1000, 5, topic_share=share, train_per_class=20, val=100, test=None, seed=0)
+    part = np.arange(500) * 5 // 500
+    votes = dataset.features @ np.eye(5)[part]
+    return (votes.argmax(1) == dataset.labels).mean()
+
+  assert accuracy(0.0) < 0.3 and accuracy(0.3) > 0.75 and accuracy(1.0) == 1.0
+
+
+def test_seeds():
+  one, again, other = (synthetic.citation(600, 3, val=50, test=50, seed=s) for s in (0, 0, 1))
+  np.testing.assert_array_equal(one.senders, again.senders)
+  np.testing.assert_array_equal(one.features.indices, again.features.indices)
+  assert len(one.senders) != len(other.senders) or (one.senders != other.senders).any()
+  for sample in (lambda s: synthetic.erdos_renyi(50, 100, seed=s), lambda s: synthetic.barabasi_albert(50, 3, seed=s)):
+    np.testing.assert_array_equal(sample(0), sample(0))
+    assert sample(0)[0].tolist() != sample(1)[0].tolist()
+
+
+def test_erdos_renyi_is_uniform_over_pairs():
+  counts = np.zeros((6, 6), int)
+  for seed in range(2000):
+    senders, receivers = synthetic.erdos_renyi(6, 5, seed=seed)
+    assert len(senders) == 10
+    counts[senders, receivers] += 1
+  pairs = counts[np.triu_indices(6, 1)]  # 15 pairs, each in a third of the graphs
+  assert pairs.sum() == 10000 and np.abs(pairs - 2000 / 3).max() < 5 * np.sqrt(2000 * 2 / 9)
+  check_simple(synthetic.erdos_renyi(1000, 5000))
+
+
+def test_barabasi_albert_has_a_power_law():
+  edges = synthetic.barabasi_albert(20_000, 4, seed=0)
+  check_simple(edges)
+  assert 0.98 * 80_000 < len(edges[0]) / 2 <= 80_000
+  degrees = np.bincount(edges[1])
+  # P(degree >= d) = m (m + 1) / (d (d + 1)) for the model's limit; self-loops and repetitions thin it a little.
+  for d in (8, 16, 32, 64):
+    assert (degrees >= d).mean() == pytest.approx(4 * 5 / (d * (d + 1)), rel=0.2)
+  graph = as_networkx(edges, 20_000)
+  assert len(max(networkx.connected_components(graph), key=len)) > 0.99 * 20_000
+
+
+def test_early_nodes_are_the_hubs_and_later_ones_attach_backwards():
+  senders, receivers = synthetic.barabasi_albert(5000, 3, seed=1)
+  degrees = np.bincount(receivers, minlength=5000)
+  assert degrees[:50].mean() > 10 * degrees[-2500:].mean()
+  # Each node brings at most 3 edges to nodes before it.
+  assert np.bincount(receivers[senders < receivers]).max() <= 3
