@@ -55,7 +55,7 @@ CASES = {
   "digits fraction": (lambda d: digits.images(val=1.5), "val: got 1.5"),
   "digits nan": (lambda d: digits.images(test=float("nan")), "test: got nan"),
   "digits nothing left": (lambda d: digits.images(val=0.5, test=0.5), "val, test: got 0.5, 0.5"),
-  "mnist nothing to validate": (lambda d: mnist5k.images(val=0.0), "val, test: got 0.0"),
+  "digits nothing to validate": (lambda d: digits.images(val=0.0), "val, test: got 0.0"),
   "mnist seed": (lambda d: mnist5k.images(seed=1.5), "seed: got 1.5"),
   "split seed": (lambda d: random_split(labelled(), seed=None), "seed: got None"),
   "split train": (lambda d: random_split(labelled(), seed=0, train_per_class=11), "train_per_class: got 11"),
