@@ -81,14 +81,16 @@ class Logs:
     if not self._active:
       return
     now = time.monotonic()
-    rate = (step - self._start) / max(now - self._began, 1e-9)
+    if step == self._start + 1:  # the first step compiles, so the rate counts from its end
+      self._began = now
+    rate = (step - self._start - 1) / max(now - self._began, 1e-9)
     if self._bar is not None:
       self._bar.update(self._task, completed=step, rate=f"{rate:.1f}/s", text=self._text)
     elif self._lines and (now - self._printed > _SECONDS_BETWEEN_LINES or step == self._steps):
       self._printed = now
       self._write()
-      left = (self._steps - step) / rate
-      print(f"step {step}/{self._steps} {rate:.1f}/s {left:.0f} s left {self._text}", file=sys.stderr, flush=True)
+      left = f", {(self._steps - step) / rate:.0f} s left" if rate else ""
+      print(f"step {step}/{self._steps} ({rate:.1f}/s{left}) {self._text}", file=sys.stderr, flush=True)
 
   def flush(self) -> None:
     """All that was recorded is on disk afterwards, so that a checkpoint never outruns its metrics."""
