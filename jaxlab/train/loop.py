@@ -163,6 +163,7 @@ class _Source:
     self._place = place
     self._function: Callable[[int], Batch] | None = None
     self._constant: Batch = None
+    self._first: Batch = None
     self.iterator: Any = None
     if isinstance(batches, _DATASETS):
       self.iterator = iter(batches)
@@ -181,15 +182,16 @@ class _Source:
       self._constant = place(batches)
 
   def first(self) -> Batch:
-    """A batch to initialise from, which leaves the iterator where it was."""
-    if self.iterator is None:
-      return self.batch(0)
-    position = self.iterator.get_state()
-    batch = self.batch(0)
-    self.iterator.set_state(position)
-    return batch
+    """A batch to initialise from; that of step 0 where the iterator has not moved."""
+    self._first = self._next(0)
+    return self._first
 
   def batch(self, step: int) -> Batch:
+    first, self._first = self._first, None
+    # A restored iterator has its own position, and the batch in hand is not of it.
+    return first if step == 0 else self._next(step)
+
+  def _next(self, step: int) -> Batch:
     if self._function is not None:
       return self._place(self._function(step))
     if self.iterator is None:
