@@ -60,13 +60,14 @@ class Checkpoints:
 
     Args:
       step: number of updates done; not saved before.
-      state: any pytree of JAX arrays (typed keys too).
+      state: any pytree of arrays and numbers (typed keys too).
       iterator: the grain iterator that yields the batches, whose position is saved, or None.
     """
     self._manager.wait_until_finished()
     named = _named(state)
     self._saving = step, _structure(named)
-    args = {"state": ocp.args.StandardSave({name: _plain(leaf) for name, leaf in named.items()})}
+    # Orbax refuses arrays of no elements; there is nothing in them to save.
+    args = {"state": ocp.args.StandardSave({name: _plain(leaf) for name, leaf in named.items() if leaf.size})}
     if iterator is not None:
       args["batches"] = grain.checkpoint.CheckpointSave(iterator)
     self._manager.save(step, args=ocp.args.Composite(**args))
@@ -86,17 +87,18 @@ class Checkpoints:
     Raises:
       ValueError: if a checkpoint is whole but holds a state of another structure, or (no) position of an iterator.
     """
+    self._manager.wait_until_finished()
     named = _named(template)
     for step in sorted(self._manager.all_steps(), reverse=True):
       folder = self._folder / str(step)
       problem = _damage(folder)
       if problem is None:
         _same_structure(folder, _structure(named), iterator is not None)
-        args = {"state": ocp.args.StandardRestore({name: _abstract(leaf) for name, leaf in named.items()})}
+        args = {"state": ocp.args.StandardRestore({name: _abstract(leaf) for name, leaf in named.items() if leaf.size})}
         if iterator is not None:
           args["batches"] = grain.checkpoint.CheckpointRestore(iterator)
         restored = self._manager.restore(step, args=ocp.args.Composite(**args))["state"]
-        leaves = [_typed(restored[name], leaf) for name, leaf in named.items()]
+        leaves = [_typed(restored[name], leaf) if leaf.size else leaf for name, leaf in named.items()]
         return step, jax.tree.unflatten(jax.tree.structure(template), leaves)
       self._set_aside(folder, problem)
     return None
@@ -144,9 +146,8 @@ def save_variables(path: str | os.PathLike, variables: Mapping[str, Any]) -> Non
     path: the folder.
     variables: such as `state.variables` of a `supervised` learner.
   """
-  plain = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), dict(variables))
   with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(Path(path).absolute(), plain, force=True)
+    checkpointer.save(Path(path).absolute(), jax.tree.map(_array, dict(variables)), force=True)
 
 
 def load_variables(path: str | os.PathLike) -> dict[str, Any]:
@@ -167,10 +168,14 @@ def load_variables(path: str | os.PathLike) -> dict[str, Any]:
 def _named(tree: PyTree) -> dict[str, Any]:
   """Leaves by their path, such as `params/Dense_0/kernel`. Flat, so that any pytree is saved in the same way."""
   paths = jax.tree_util.tree_flatten_with_path(tree)[0]
-  named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
+  named = {jax.tree_util.keystr(path, simple=True, separator="/"): _array(leaf) for path, leaf in paths}
   if len(named) != len(paths):
     raise ValueError("state: got two leaves of one path, expected keys that differ as text")
   return named
+
+
+def _array(leaf: Any) -> Any:
+  return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)  # orbax refuses NumPy scalars
 
 
 def _is_key(x: Any) -> bool:
@@ -178,9 +183,7 @@ def _is_key(x: Any) -> bool:
 
 
 def _plain(leaf: Any) -> Any:
-  if _is_key(leaf):
-    return jax.random.key_data(leaf)
-  return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)  # orbax refuses NumPy scalars
+  return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
 def _typed(saved: Any, template: Any) -> Any:
@@ -189,17 +192,13 @@ def _typed(saved: Any, template: Any) -> Any:
   return saved
 
 
-def _abstract(leaf: Any) -> Any:
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
   plain = _plain(leaf)
-  return jax.ShapeDtypeStruct(plain.shape, plain.dtype, sharding=plain.sharding) if _is_jax(plain) else plain
-
-
-def _is_jax(x: Any) -> bool:
-  return isinstance(x, jax.Array)
+  return jax.ShapeDtypeStruct(plain.shape, plain.dtype, sharding=getattr(plain, "sharding", None))
 
 
 def _structure(named: Mapping[str, Any]) -> dict[str, str]:
-  return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in ((n, jnp.asarray(x)) for n, x in named.items())}
+  return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in named.items()}
 
 
 def _digests(folder: Path) -> dict[str, str]:

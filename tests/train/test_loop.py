@@ -27,13 +27,13 @@ class Walk:
   key: jax.Array
 
 
-def walk(scale=1.0):
+def walk():
   def init(key, batch):
     return Walk(jnp.zeros(batch["x"].shape[1:]), key)
 
   def step(state, batch):
     key, noise = jax.random.split(state.key)
-    total = state.total + scale * batch["x"].mean(0) + jax.random.normal(noise, state.total.shape)
+    total = state.total + batch["x"].mean(0) + jax.random.normal(noise, state.total.shape)
     return Walk(total, key), {"loss": jnp.sum(jnp.sqrt(batch["x"])), "norm": jnp.linalg.norm(total)}
 
   def evaluate(state, batch):
@@ -42,13 +42,16 @@ def walk(scale=1.0):
   return train.Learner(init, step, evaluate)
 
 
+WALK = walk()  # one, so that all tests share its compiled functions
+
+
 def batch_at(step):
   return {"x": np.random.default_rng(step).uniform(0, 1, (4, 3)).astype(np.float32)}
 
 
 def fit(workdir, steps=20, batches=batch_at, **options):
   options = {"save_every": 4, "log_every": 1, "key": KEY, "progress": False, "tensorboard": False, **options}
-  return train.fit(walk(), batches, steps=steps, workdir=workdir, **options)
+  return train.fit(WALK, batches, steps=steps, workdir=workdir, **options)
 
 
 def lines(workdir):
