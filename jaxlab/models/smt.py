@@ -192,7 +192,7 @@ class Stem(nn.Module):
   axis_name: str | None = None
 
   @nn.compact
-  def __call__(self, images: Float[Array, "b H W 3"], *, train: bool = False) -> Float[Array, "b h w c"]:
+  def __call__(self, images: Float[Array, "b i j d"], *, train: bool = False) -> Float[Array, "b h w c"]:
     """Args: images. Returns maps of a quarter of the sides."""
     options = _precision(self)
     conv = functools.partial(nn.Conv, self.width, strides=2, kernel_init=_conv_init(), **options)

@@ -80,7 +80,7 @@ def test_runs_end_to_end_and_resumes(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"warmup_epochs": 40}, "warmup_epochs: got 40"),
+    ({"warmup_epochs": 30}, "warmup_epochs: got 30"),
     ({"seeds": 0}, "seeds: got 0"),
     ({"batch_size": 100_000}, "batch_size: got 100000"),
     ({"dataset": "cifar10"}, "cifar10"),

@@ -51,6 +51,20 @@ def shapes(module, side=64):
   return jax.eval_shape(module.init, jax.random.key(0), images)
 
 
+def modules(model, kind):
+  """The modules of one class that run, in order."""
+  found = []
+
+  def note(call, args, kwargs, context):
+    if isinstance(context.module, kind) and context.method_name == "__call__":
+      found.append(context.module)
+    return call(*args, **kwargs)
+
+  with nn.intercept_methods(note):
+    shapes(model)
+  return found
+
+
 # ------------------------------------------------------------------------------------------- the published network
 
 
@@ -81,6 +95,14 @@ def test_parity_with_the_official_model():
     return {f"{key}_{name}": array for name in outputs for key, array in outputs[name].items()}
 
   golden_rule.check("smt", smt.from_torch, both_shapes, atol=2e-5)  # the bar is 2e-4
+
+
+def test_norms_keep_their_official_epsilons():
+  """Parity hardly sees these: they change logits by 1e-5."""
+  for module in modules(TINY, nn.LayerNorm):
+    after_embedding = module.name.endswith("embed_norm") or "stem" in module.path
+    assert module.epsilon == (1e-5 if after_embedding else 1e-6), module.path
+  assert {module.epsilon for module in modules(TINY, nn.BatchNorm)} == {1e-5}
 
 
 @pytest.fixture(scope="module")
@@ -298,15 +320,7 @@ def test_drop_path_acts_in_training_only_and_never_on_the_first_block():
   first, second = (train_step(model, variables(), IMAGES, jax.random.key(i))[0] for i in (0, 1))
   assert not np.allclose(first, second)
   np.testing.assert_array_equal(evaluate(model, variables(), IMAGES), evaluate(TINY, variables(), IMAGES))
-  rates = []
-
-  def note(call, args, kwargs, context):
-    if isinstance(context.module, DropPath):
-      rates.append(context.module.rate)
-    return call(*args, **kwargs)
-
-  with nn.intercept_methods(note):
-    jax.eval_shape(model.init, jax.random.key(0), IMAGES)
+  rates = [module.rate for module in modules(model, DropPath)]
   np.testing.assert_allclose(rates, np.repeat(np.linspace(0, 0.9, 5), 2))
 
 
