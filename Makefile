@@ -45,4 +45,4 @@ docs: .venv-docs/docs
 	touch $@
 
 clean:
-	rm -rf .venv .venv-bench .venv-docs site results
+	rm -rf .venv .venv-bench .venv-docs site
