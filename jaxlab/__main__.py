@@ -2,7 +2,6 @@
 
 import pathlib
 import re
-import shutil
 import sys
 
 from rich.console import Console
@@ -26,7 +25,7 @@ def main() -> None:
   for system in catalog.SYSTEMS:
     table.add_row(system.name, system.module, system.arxiv, system.status, system.paper)
   # Piped into a file or grep, the table is as wide as its text.
-  Console(width=None if sys.stdout.isatty() else max(250, shutil.get_terminal_size().columns)).print(table)
+  Console(width=None if sys.stdout.isatty() else 400).print(table)
 
 
 def updated(text: str) -> str:

@@ -16,6 +16,7 @@ from jaxlab import train
 class Net(nn.Module):
   """A little of everything that a restart must bring back: BatchNorm statistics, dropout, weights."""
 
+  width: int = 24
   norm: bool = True
   dropout: float = 0.2
   axis_name: str | None = None
@@ -23,7 +24,7 @@ class Net(nn.Module):
   @nn.compact
   def __call__(self, x, *, train=False):
     # No bias before BatchNorm: its gradient is rounding noise, which Adam would blow up to full steps.
-    x = nn.Dense(24, use_bias=not self.norm)(x.reshape(len(x), -1))
+    x = nn.Dense(self.width, use_bias=not self.norm)(x.reshape(len(x), -1))
     if self.norm:
       x = nn.BatchNorm(use_running_average=not train, axis_name=self.axis_name, momentum=0.9)(x)
     x = nn.Dropout(self.dropout, deterministic=not train)(nn.relu(x))
