@@ -2,7 +2,7 @@
 
     python experiments/smt.py                                # 5,000 MNIST digits, minutes on two cores
     python experiments/smt.py --dataset cifar10 --epochs 60  # reads TFDS_DATA_DIR
-    python experiments/smt.py --ablation --seeds 3           # hybrid, all modulation, all attention: same size and steps
+    python experiments/smt.py --ablation --seeds 3           # hybrid, pure modulation, pure attention: same size, steps
     python experiments/smt.py --preset paper                 # SMT-T on ImageNet-1k for 300 epochs, on a host with GPUs
 
 The small networks have depths 1, 1, 4, 1 and 0.3M parameters. Validation images are set aside from the training set;
