@@ -101,7 +101,9 @@ def settings(config: Any) -> dict[str, Any]:
 def _summary(name: str, value: Any) -> dict[str, Any]:
   values = np.asarray(value)
   if values.ndim > 1 or not values.size or values.dtype.kind not in "fiub":
-    raise ValueError(f"metrics: got {name}={value!r}, expected a number or one per seed")
+    raise ValueError(
+      f"metrics: got {name} of shape {values.shape} and dtype {values.dtype}, expected numbers, one per seed"
+    )
   values = np.atleast_1d(values).astype(np.float64)
   std = float(np.std(values, ddof=1)) if values.size > 1 else None
   numbers = {"mean": float(np.mean(values)), "std": std, "n": values.size, "values": values.tolist()}

@@ -23,7 +23,10 @@ class Pair(NamedTuple):
 
 def state_at(step):
   rng = np.random.default_rng(step)
-  params = {"w": jnp.asarray(rng.normal(size=(64, 33)), jnp.float32), "b": jnp.asarray(rng.normal(size=7), jnp.bfloat16)}
+  params = {
+    "w": jnp.asarray(rng.normal(size=(64, 33)), jnp.float32),
+    "b": jnp.asarray(rng.normal(size=7), jnp.bfloat16),
+  }
   return {
     "params": params,
     "opt": optax.adamw(1e-3).init(params),

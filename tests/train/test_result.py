@@ -1,0 +1,124 @@
+"""Results and figures: complete, atomic, and refused when they would mislead."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlab import train
+from jaxlab.train import figures
+
+
+@dataclasses.dataclass
+class Config:
+  rate: float = 0.1
+  folder: Path = Path("results")
+
+
+def write(workdir, **changes):
+  arguments = {
+    "system": "dagnn",
+    "claim": "deeper is better",
+    "dataset": "digits, 1797 nodes",
+    "config": Config(),
+    "metrics": {"accuracy": np.array([0.5, 0.7]), "loss": np.float32(1.5), "gap": float("nan")},
+    "published": {"accuracy": {"value": 0.84, "std": 0.005, "source": "Table 2"}, "loss": 2},
+    "seed": [0, 1],
+    "wall_time": 12.34567,
+    "command": "python experiments/dagnn.py",
+    **changes,
+  }
+  return train.write_result(workdir, **arguments)
+
+
+def test_result_holds_everything(tmp_path):
+  path = write(tmp_path / "new" / "run")
+  result = json.loads(path.read_text())
+  assert path == tmp_path / "new" / "run" / "result.json"
+  assert [p.name for p in path.parent.iterdir()] == ["result.json"]
+  accuracy = result["metrics"]["accuracy"]
+  assert accuracy["values"] == [0.5, 0.7]
+  np.testing.assert_allclose((accuracy["mean"], accuracy["std"], accuracy["n"]), (0.6, 0.2 / np.sqrt(2), 2))
+  assert result["metrics"]["loss"] == {"mean": 1.5, "std": None, "n": 1, "values": [1.5]}
+  assert result["metrics"]["gap"]["mean"] is None
+  assert result["published"] == {"accuracy": {"value": 0.84, "std": 0.005, "source": "Table 2"}, "loss": {"value": 2.0}}
+  assert result["config"] == {"rate": 0.1, "folder": "results"}
+  assert result["versions"]["jax"] == jax.__version__
+  assert result["versions"]["python"] == sys.version.split()[0]
+  assert result["device"]["platform"] == jax.default_backend()
+  assert result["device"]["count"] == jax.device_count()
+  assert result["command"] == "python experiments/dagnn.py"
+  assert result["wall_time"] == 12.346
+
+
+def test_a_failed_write_leaves_the_old_result(tmp_path):
+  before = write(tmp_path).read_text()
+  with pytest.raises(TypeError):
+    write(tmp_path, seed=object())
+  assert (tmp_path / "result.json").read_text() == before
+
+
+def test_command_is_relative(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, "argv", [str(tmp_path / "experiments" / "x.py"), "--name", "two words"])
+  monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+  result = json.loads(write(tmp_path, command=None).read_text())
+  assert result["command"] == "python experiments/x.py --name 'two words'"
+
+
+@pytest.mark.parametrize(
+  ("name", "changes"),
+  [
+    ("system", {"system": ""}),
+    ("claim", {"claim": " "}),
+    ("dataset", {"dataset": None}),
+    ("config", {"config": [1]}),
+    ("config", {"config": Config}),
+    ("metrics", {"metrics": {}}),
+    ("metrics", {"metrics": {"a": np.zeros((2, 2))}}),
+    ("metrics", {"metrics": {"a": "high"}}),
+    ("metrics", {"metrics": {"a": []}}),
+    ("published", {"published": {"a": "84%"}}),
+    ("published", {"published": {"a": {"source": "Table 1"}}}),
+    ("wall_time", {"wall_time": -1}),
+    ("wall_time", {"wall_time": "fast"}),
+  ],
+)
+def test_bad_input_names_the_argument(tmp_path, name, changes):
+  with pytest.raises(ValueError, match=rf"^{name}\b.*got .*expected "):
+    write(tmp_path, **changes)
+  assert not (tmp_path / "result.json").exists()
+
+
+def test_curves_draw_mean_and_band(tmp_path):
+  figure, axes = figures.subplots(1, 2)
+  x, runs = np.arange(5), np.random.default_rng(0).normal(size=(5, 4))
+  figures.curves(axes[0, 0], {"runs": (x, runs), "one": (x, x)}, xlabel="step", ylabel="loss", title="t")
+  lines = axes[0, 0].get_lines()
+  np.testing.assert_allclose(lines[0].get_ydata(), runs.mean(1))
+  np.testing.assert_allclose(lines[1].get_ydata(), x)
+  (band,) = axes[0, 0].collections
+  heights = band.get_paths()[0].vertices[:, 1]
+  np.testing.assert_allclose(heights.max(), (runs.mean(1) + runs.std(1, ddof=1)).max())
+  assert [text.get_text() for text in axes[0, 0].get_legend().get_texts()] == ["runs", "one"]
+  for suffix, head in ((".png", b"\x89PNG"), (".pdf", b"%PDF")):
+    path = figures.save(figure, tmp_path / "new" / f"figure{suffix}")
+    assert path.read_bytes().startswith(head)
+  assert len(list((tmp_path / "new").iterdir())) == 2
+
+
+def test_bad_figures_are_refused(tmp_path):
+  figure, axes = figures.subplots()
+  with pytest.raises(ValueError, match=r"^series: got x \(3,\) and y \(4,\) for 'a', expected"):
+    figures.curves(axes[0, 0], {"a": (np.arange(3), np.arange(4))})
+  with pytest.raises(ValueError, match=r"^path: got figure.xyz, expected a suffix"):
+    figures.save(figure, tmp_path / "figure.xyz")
+
+
+def test_no_metrics_to_read(tmp_path):
+  with pytest.raises(ValueError, match=r"^workdir: got .*expected a folder with metrics.jsonl"):
+    train.read_metrics(tmp_path)
