@@ -1,0 +1,176 @@
+"""Timing beside a peer: each side in a process of its own, the same cores for both, turn by turn.
+
+A side is a picklable function of no arguments that sets up and returns `run`, which does the work once and blocks
+until it is done. Turns alternate, A B A B, so that all meet the same load; what is reported is the median over turns,
+and the ratio peer / ours: above 1 we are faster.
+"""
+
+import dataclasses
+import multiprocessing
+import os
+import pathlib
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+RESULTS = pathlib.Path(__file__).parent / "RESULTS.md"
+_HEADER = """# Benchmarks
+
+Medians of interleaved turns on the same cores. The ratio is peer / ours: above 1 jaxlab is faster. Memory is what the
+work added to the process's peak. Written by `make bench`; run it on a quiet machine.
+
+| benchmark | case | jaxlab (ms) | peer | peer (ms) | ratio | memory (MB), jaxlab / peer | machine |
+|---|---|---|---|---|---|---|---|
+"""
+
+Side = Callable[[], Callable[[], Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One thing to do, by us and by peers.
+
+  Attributes:
+    name: what is done.
+    ours: our side.
+    peers: name -> side.
+  """
+
+  name: str
+  ours: Side
+  peers: Mapping[str, Side]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+  """Median seconds of a run, quartiles, and megabytes that it added to the process's peak."""
+
+  seconds: float
+  low: float
+  high: float
+  megabytes: float
+
+
+class _Worker:
+  """A process that holds one side."""
+
+  def __init__(self, side: Side, threads: int):
+    context = multiprocessing.get_context("spawn")
+    self._here, there = context.Pipe()
+    self._process = context.Process(target=_serve, args=(there, side, threads), daemon=True)
+    self._process.start()
+    self._receive()
+
+  def run(self, times: int) -> float:
+    """Seconds of a run, over `times` of them."""
+    self._here.send(times)
+    return self._receive() / times
+
+  def close(self) -> float:
+    """Ends the process; returns the megabytes it needed."""
+    self._here.send(0)
+    megabytes = self._receive()
+    self._process.join()
+    return megabytes
+
+  def _receive(self) -> float:
+    kind, value = self._here.recv()
+    if kind == "error":
+      raise RuntimeError(value)
+    return value
+
+
+def _serve(pipe, side, threads):
+  try:
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])  # XLA counts these
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+    run = side()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(3):
+      run()
+    pipe.send(("ready", 0.0))
+    while times := pipe.recv():
+      start = time.perf_counter()
+      for _ in range(times):
+        run()
+      pipe.send(("time", time.perf_counter() - start))
+    pipe.send(("memory", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+  except Exception as error:  # the parent raises it
+    pipe.send(("error", f"{type(error).__name__}: {error}"))
+
+
+def measure(
+  sides: Mapping[str, Side], *, turns: int = 15, threads: int = 2, turn_seconds: float = 0.1
+) -> dict[str, Measured]:
+  """Times sides in turn.
+
+  Args:
+    sides: name -> side.
+    turns: of each.
+    threads: cores that every side may use.
+    turn_seconds: a side runs as often in a turn as fits.
+
+  Raises:
+    ValueError: no turns, or more threads than cores.
+    RuntimeError: a side failed.
+  """
+  if turns < 1:
+    raise ValueError(f"turns: got {turns}, expected at least 1")
+  if not 1 <= threads <= len(os.sched_getaffinity(0)):
+    raise ValueError(f"threads: got {threads}, expected 1 to {len(os.sched_getaffinity(0))}, the cores there are")
+  workers = {name: _Worker(side, threads) for name, side in sides.items()}
+  often = {name: max(1, int(turn_seconds / worker.run(1))) for name, worker in workers.items()}
+  seconds: dict[str, list[float]] = {name: [] for name in sides}
+  for _ in range(turns):
+    for name, worker in workers.items():
+      time.sleep(0.02)  # a peer's threads may spin for a while after their last work
+      seconds[name].append(worker.run(often[name]))
+  measured = {}
+  for name, worker in workers.items():
+    low, middle, high = statistics.quantiles(seconds[name], n=4) if turns > 1 else seconds[name] * 3
+    measured[name] = Measured(middle, low, high, worker.close())
+  return measured
+
+
+def run(benchmark: str, cases: list[Case], *, path: pathlib.Path = RESULTS, **options: Any) -> None:
+  """Measures cases, prints them, and renews their rows in the table of results."""
+  for case in cases:
+    measured = measure({"jaxlab": case.ours, **case.peers}, **options)
+    ours = measured.pop("jaxlab")
+    rows = {}
+    for peer, theirs in measured.items():
+      ratio = theirs.seconds / ours.seconds
+      rows[benchmark, case.name, peer] = (
+        f"| {benchmark} | {case.name} | {_spread(ours)} | {peer} | {_spread(theirs)} | {ratio:.2f} "
+        f"| {ours.megabytes:.0f} / {theirs.megabytes:.0f} | {_machine(options.get('threads', 2))} |"
+      )
+      print(
+        f"{benchmark}: {case.name}: {1000 * ours.seconds:.2f} ms, {peer} {1000 * theirs.seconds:.2f} ms, "
+        f"ratio {ratio:.2f}",
+        flush=True,
+      )
+    _update(path, rows)
+
+
+def _spread(m: Measured) -> str:
+  return f"{1000 * m.seconds:.3g} ({1000 * m.low:.3g} to {1000 * m.high:.3g})"
+
+
+def _machine(threads: int) -> str:
+  return f"{platform.machine()}, {threads} cores, {time.strftime('%Y-%m-%d')}"
+
+
+def _update(path: pathlib.Path, rows: dict[tuple[str, str, str], str]) -> None:
+  known = {}
+  if path.exists():
+    for line in path.read_text().splitlines():
+      cells = [cell.strip() for cell in line.strip("|").split("|")]
+      if len(cells) == 8 and cells[0] not in ("benchmark", "---"):
+        known[cells[0], cells[1], cells[3]] = line
+  known |= rows
+  temporary = path.with_suffix(".tmp")
+  temporary.write_text(_HEADER + "".join(known[key] + "\n" for key in sorted(known)))
+  temporary.replace(path)
