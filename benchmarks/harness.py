@@ -5,22 +5,24 @@ until it is done. Turns alternate, A B A B, so that all meet the same load; what
 and the ratio peer / ours: above 1 we are faster.
 """
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
 import pathlib
 import platform
-import resource
+import re
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 RESULTS = pathlib.Path(__file__).parent / "RESULTS.md"
 _HEADER = """# Benchmarks
 
-Medians of interleaved turns on the same cores. The ratio is peer / ours: above 1 jaxlab is faster. Memory is what the
-work added to the process's peak. Written by `make bench`; run it on a quiet machine.
+Medians (and quartiles) of interleaved turns on the same cores. The ratio is peer / ours: above 1 jaxlab is faster.
+Memory is the peak of a run over what the process held before the first. Written by `make bench`; run it on a quiet
+machine.
 
 | benchmark | case | jaxlab (ms) | peer | peer (ms) | ratio | memory (MB), jaxlab / peer | machine |
 |---|---|---|---|---|---|---|---|
@@ -46,7 +48,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-  """Median seconds of a run, quartiles, and megabytes that it added to the process's peak."""
+  """Median seconds of a run, quartiles, and megabytes at its peak beyond those held before."""
 
   seconds: float
   low: float
@@ -60,8 +62,10 @@ class _Worker:
   def __init__(self, side: Side, threads: int):
     context = multiprocessing.get_context("spawn")
     self._here, there = context.Pipe()
-    self._process = context.Process(target=_serve, args=(there, side, threads), daemon=True)
-    self._process.start()
+    self._process = context.Process(target=_serve, args=(there, side), daemon=True)
+    with _cores(threads):
+      self._process.start()
+    there.close()  # the child's copy alone is left, so its death ends our waiting
     self._receive()
 
   def run(self, times: int) -> float:
@@ -69,35 +73,68 @@ class _Worker:
     self._here.send(times)
     return self._receive() / times
 
-  def close(self) -> float:
-    """Ends the process; returns the megabytes it needed."""
+  def megabytes(self) -> float:
+    """What runs needed so far."""
     self._here.send(0)
-    megabytes = self._receive()
+    return self._receive()
+
+  def close(self) -> None:
+    """Ends the process."""
+    self._process.kill()
     self._process.join()
-    return megabytes
+    self._here.close()
 
   def _receive(self) -> float:
-    kind, value = self._here.recv()
+    try:
+      kind, value = self._here.recv()
+    except EOFError:
+      self._process.join()
+      raise RuntimeError(f"a side's process ended with code {self._process.exitcode}") from None
     if kind == "error":
       raise RuntimeError(value)
     return value
 
 
-def _serve(pipe, side, threads):
+@contextlib.contextmanager
+def _cores(count: int) -> Iterator[None]:
+  """A process started in here sees this many cores: OpenMP by the variables, XLA and OpenBLAS by the affinity."""
+  before, variables = os.sched_getaffinity(0), ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+  environment = {name: os.environ.get(name) for name in variables}
   try:
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])  # XLA counts these
-    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+    os.sched_setaffinity(0, sorted(before)[:count])
+    os.environ.update(dict.fromkeys(variables, str(count)))
+    yield
+  finally:
+    os.sched_setaffinity(0, before)
+    for name, value in environment.items():
+      os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _memory(field: str) -> float:
+  """Megabytes of this process: VmRSS now, VmHWM at its peak."""
+  found = re.search(rf"^{field}:\s*(\d+) kB", pathlib.Path("/proc/self/status").read_text(), re.MULTILINE)
+  assert found is not None, field
+  return int(found.group(1)) / 1024
+
+
+def _serve(pipe, side):
+  try:
     run = side()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak of setting up is not a run's
+    before = _memory("VmRSS")
     for _ in range(3):
       run()
     pipe.send(("ready", 0.0))
-    while times := pipe.recv():
-      start = time.perf_counter()
-      for _ in range(times):
-        run()
-      pipe.send(("time", time.perf_counter() - start))
-    pipe.send(("memory", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+    while True:
+      if times := pipe.recv():
+        start = time.perf_counter()
+        for _ in range(times):
+          run()
+        pipe.send(("time", time.perf_counter() - start))
+      else:
+        pipe.send(("memory", _memory("VmHWM") - before))
+  except EOFError:  # the parent is gone
+    pass
   except Exception as error:  # the parent raises it
     pipe.send(("error", f"{type(error).__name__}: {error}"))
 
@@ -121,18 +158,24 @@ def measure(
     raise ValueError(f"turns: got {turns}, expected at least 1")
   if not 1 <= threads <= len(os.sched_getaffinity(0)):
     raise ValueError(f"threads: got {threads}, expected 1 to {len(os.sched_getaffinity(0))}, the cores there are")
-  workers = {name: _Worker(side, threads) for name, side in sides.items()}
-  often = {name: max(1, int(turn_seconds / worker.run(1))) for name, worker in workers.items()}
-  seconds: dict[str, list[float]] = {name: [] for name in sides}
-  for _ in range(turns):
+  with contextlib.ExitStack() as stack:
+    workers = {}
+    for name, side in sides.items():
+      workers[name] = _Worker(side, threads)
+      stack.callback(workers[name].close)
+    often = {name: max(1, int(turn_seconds / worker.run(1))) for name, worker in workers.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(turns):
+      for name, worker in workers.items():
+        time.sleep(0.02)  # a peer's threads may spin for a while after their last work
+        seconds[name].append(worker.run(often[name]))
+    measured = {}
     for name, worker in workers.items():
-      time.sleep(0.02)  # a peer's threads may spin for a while after their last work
-      seconds[name].append(worker.run(often[name]))
-  measured = {}
-  for name, worker in workers.items():
-    low, middle, high = statistics.quantiles(seconds[name], n=4) if turns > 1 else seconds[name] * 3
-    measured[name] = Measured(middle, low, high, worker.close())
-  return measured
+      low, middle, high = (
+        statistics.quantiles(seconds[name], n=4, method="inclusive") if turns > 1 else seconds[name] * 3
+      )
+      measured[name] = Measured(middle, low, high, worker.megabytes())
+    return measured
 
 
 def run(benchmark: str, cases: list[Case], *, path: pathlib.Path = RESULTS, **options: Any) -> None:

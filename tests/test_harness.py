@@ -1,8 +1,10 @@
 """The benchmark harness on two sides whose times are known."""
 
 import functools
+import os
 import time
 
+import numpy as np
 import pytest
 
 from benchmarks import harness
@@ -14,6 +16,19 @@ def sleeper(seconds):
 
 def failing():
   raise KeyError("no such peer")
+
+
+def dying():
+  os._exit(7)
+
+
+def allocating(megabytes):
+  np.ones(200 * 2**17).sum()  # setting up takes more than a run
+  return lambda: np.ones(megabytes * 2**17).sum()
+
+
+def counting_cores(path):
+  return lambda: path.write_text(f"{len(os.sched_getaffinity(0))} {os.environ['OMP_NUM_THREADS']}")
 
 
 def case(name, ours, theirs):
@@ -37,6 +52,28 @@ def test_ratio_and_table(tmp_path, capsys):
 def test_failure_of_a_side_is_raised():
   with pytest.raises(RuntimeError, match="KeyError: 'no such peer'"):
     harness.measure({"ours": failing}, turns=1, threads=1)
+
+
+def test_death_of_a_side_is_told():
+  with pytest.raises(RuntimeError, match="ended with code 7"):
+    harness.measure({"ours": dying}, turns=1, threads=1)
+
+
+def test_quartiles_enclose_the_median():
+  measured = harness.measure({"ours": functools.partial(sleeper, 0.002)}, turns=2, threads=1, turn_seconds=0.01)["ours"]
+  assert 0.002 <= measured.low <= measured.seconds <= measured.high
+
+
+def test_memory_is_the_peak_of_a_run():
+  measured = harness.measure({"ours": functools.partial(allocating, 64)}, turns=1, threads=1)["ours"]
+  assert 60 < measured.megabytes < 100
+
+
+def test_cores_are_those_asked_for(tmp_path):
+  before = os.sched_getaffinity(0)
+  harness.measure({"ours": functools.partial(counting_cores, tmp_path / "cores")}, turns=1, threads=1)
+  assert (tmp_path / "cores").read_text() == "1 1"
+  assert os.sched_getaffinity(0) == before
 
 
 @pytest.mark.parametrize(
