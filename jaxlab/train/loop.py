@@ -106,8 +106,7 @@ def fit(
   if evaluate_on is not None and not _several(evaluate_on):
     evaluate_on = place(evaluate_on)  # once
   train_step, evaluate = _jitted(learner.step, donate_argnums=0), _jitted(learner.evaluate)
-  # Copied, because jit may hand an argument through, and the first step would give away the caller's array.
-  state = jax.tree.map(jnp.copy, _jitted(learner.init)(key, source.first()))
+  state = _jitted(learner.init)(key, source.first())
 
   with Checkpoints(folder / "checkpoints", keep=keep) as checkpoints:
     start, state = checkpoints.restore(state, source.iterator) or (0, state)

@@ -175,6 +175,11 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors[-3000:]
 
+  # SIGTERM to one stopped both, after they saved together.
+  assert [(tmp_path / f"exit_{i}").read_text() for i in range(2)] == ["143", "143"]
+  (step,) = [int(path.name) for path in (tmp_path / "stopped" / "checkpoints").iterdir() if path.name.isdecimal()]
+  assert 5 < step < 3000
+
   expected = two_process_run.fit(
     tmp_path / "single", 6, two_process_run.batch_at, evaluate_on=two_process_run.batch_at(20), evaluate_every=3
   )

@@ -1,10 +1,14 @@
 """One process of a run of two, started by test_parallel: trains on its half of each batch, restarts, trains on."""
 
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import digits_run
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
@@ -57,6 +61,27 @@ def main(folder):
     )
     if process == 0:
       np.savez(workdir / "final.npz", **digits_run.flat(whole))
+  try:
+    stop_one(Path(folder) / "stopped", process)
+  except SystemExit as stop:
+    (Path(folder) / f"exit_{process}").write_text(str(stop.code))
+
+
+def stop_one(workdir, process):
+  """A run whose second process gets SIGTERM: both must save the same step and leave."""
+
+  def step(state, batch):
+    return {"sum": state["sum"] + batch["x"].mean()}, {"loss": state["sum"]}
+
+  def batch(step):
+    if step == 5 and process == 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.005)
+    return {"x": np.ones((4, 2), np.float32)}
+
+  learner = train.Learner(lambda key, batch: {"sum": jnp.zeros(())}, step, lambda state, batch: {})
+  options = {"steps": 3000, "save_every": 3000, "progress": False, "tensorboard": False}
+  train.fit(learner, batch, workdir=workdir, key=jax.random.key(0), mesh=train.mesh(), **options)
 
 
 if __name__ == "__main__":
