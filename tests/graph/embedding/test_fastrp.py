@@ -1,4 +1,4 @@
-"""What the specification says must hold, as far as it takes seconds; scores and times are in `experiments/fastrp.py`."""
+"""What the specification says must hold, as far as seconds suffice; scores and times: `experiments/fastrp.py`."""
 
 import functools
 import itertools
