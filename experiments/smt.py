@@ -175,7 +175,8 @@ def load(config: Config) -> Task:
   splits: Sequence[images.Images]
   if config.dataset == "cifar10":
     splits = [images.as_arrays("cifar10", part) for part in ("train[:90%]", "train[90%:]", "test")]
-    name = f"CIFAR-10 ({sum(len(split['label']) for split in splits[:2]):,} training images)"
+    known = sum(len(split["label"]) for split in splits[:2])
+    name = "CIFAR-10" if known == 50_000 else f"CIFAR-10 ({known // 1000}k subset)"
     options |= {"mean": images.CIFAR10_MEAN, "std": images.CIFAR10_STD}
   else:
     source = {"digits": digits.images, "mnist5k": mnist5k.images}[config.dataset]()
@@ -289,28 +290,25 @@ def linear(task: Task) -> float:
 
 def modulation_maps(model: smt.SMT, state: train.TrainState, pictures: np.ndarray) -> list[np.ndarray]:
   """Mean magnitude over channels of what the first block of stages 1 and 2 multiplies its values by: [B, h, w] each."""
-  _, sown = model.apply(state.best_variables, pictures, mutable=["intermediates"])
+  _, sown = model.apply(jax.device_get(state.best_variables), pictures, mutable=["intermediates"])
   blocks = [sown["intermediates"][f"stage{i}_block0"]["mixer"]["modulation"][0] for i in (1, 2)]
   return [np.abs(np.asarray(m, np.float32)).mean(-1) for m in blocks]
 
 
-def draw(config: Config, task: Task, runs: dict[str, list[Run]], baseline: float | None) -> pathlib.Path:
+def draw(config: Config, task: Task, runs: dict[str, list[Run]], measured: dict[str, list[float]]) -> pathlib.Path:
   """Learning curves, test accuracies, and where the hybrid's modulation is strong."""
   figure, axes = figures.subplots(1, 3)
   curves = {name: (r[0].curve[0], np.stack([run.curve[1] for run in r], axis=-1)) for name, r in runs.items()}
   figures.curves(axes[0, 0], curves, xlabel="step", ylabel="validation accuracy (%)", title=task.name)
-  names = [*runs, *(["linear"] if baseline is not None else [])]
-  values = [[run.accuracy for run in r] for r in runs.values()] + ([[baseline]] if baseline is not None else [])
-  for i, accuracies in enumerate(values):
-    axes[0, 1].bar(i, np.mean(accuracies), color=figures.COLORS[i], alpha=0.6)
-    axes[0, 1].plot([i] * len(accuracies), accuracies, "k.")
-  low = min(min(v) for v in values)
-  axes[0, 1].set(xticks=range(len(names)), xticklabels=names, ylim=(max(0, low - 10), 100), title="test accuracy (%)")
+  for i, accuracies in enumerate(measured.values()):
+    axes[0, 1].plot([i] * len(accuracies), accuracies, "o", color=figures.COLORS[i], alpha=0.6)
+    axes[0, 1].plot(i, np.mean(accuracies), "k_", markersize=20)
+  axes[0, 1].set(xticks=range(len(measured)), xticklabels=list(measured), title="test accuracy (%)")
+  axes[0, 1].margins(x=0.3)
 
-  name = next(name for name in runs if name != "attention" or len(runs) == 1)
-  panel = axes[0, 2]
+  name, panel = next(iter(runs)), axes[0, 2]
   panel.set_axis_off()
-  if name != "attention":
+  if name != "attention":  # which modulates nothing
     pictures = next(iter(task.test))["image"][:5]
     maps = modulation_maps(network(config, name, task), runs[name][0].state, pictures)
     rows = [pictures, *(np.repeat(m[..., None], task.channels, -1) for m in maps)]
@@ -388,7 +386,7 @@ def main(config: Config) -> None:
     seed=list(range(config.seeds)),
     wall_time=time.monotonic() - began,
   )
-  rich.print(f"{path}\n{draw(config, task, runs, baseline)}")
+  rich.print(f"{path}\n{draw(config, task, runs, measured)}")
 
 
 def parse(args: Sequence[str] | None = None) -> Config:
