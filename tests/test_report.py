@@ -1,105 +1,116 @@
-"""The table of results: what it shows, what it keeps, what it refuses."""
-
 import json
 
+import numpy as np
 import pytest
 
 from experiments import report
 from jaxlab import train
 
-RESULT = {"system": "s", "claim": "c", "published": {}, "dataset": "d", "seed": 3, "command": "x", "finished": ""}
 
-
-def write(folder, value=0.5, **changes):
+def write(folder, **changes):
   fields = {
-    "system": "fastrp",
-    "claim": "It is fast | and good.",
-    "dataset": "digits",
-    "config": {},
-    "metrics": {"micro": value, "macro": [0.25, 0.35]},
-    "published": {"micro": {"value": 0.3723, "std": 0.01, "source": "the paper"}},
-    "seed": [0, 1, 2],
-    "wall_time": 1.0,
-    "command": "python experiments/fastrp.py",
-  }
+    "system": "dagnn", "claim": "Depth does not hurt.", "dataset": "cora, public split", "config": {},
+    "metrics": {"DAGNN": [84.0, 84.5, 85.0], "GCN": 81.25}, "published": {"DAGNN": {"value": 84.4, "std": 0.5}},
+    "seed": [0, 1, 2], "wall_time": 1.0, "command": "python experiments/dagnn.py",
+  }  # fmt: skip
   return train.write_result(folder, **fields | changes)
 
 
 def run(tmp_path, *folders):
-  table = tmp_path / "RESULTS.md"
-  report.main(report.Config(tuple(folders), table))
-  return [line for line in table.read_text().splitlines() if line.startswith("|")][2:]
+  output = tmp_path / "RESULTS.md"
+  report.main(report.Config(tuple(folders) or (tmp_path / "runs",), output))
+  return output.read_text()
 
 
-def test_row(tmp_path):
-  write(tmp_path / "runs/a")
-  assert run(tmp_path, tmp_path / "runs") == [
-    "| fastrp | It is fast \\| and good. | micro: 0.3723 ± 0.0100 (the paper) "
-    "| micro: 0.5000<br>macro: 0.3000 ± 0.0707 | digits | 0 to 2 | `python experiments/fastrp.py` |"
+def cells(text):
+  return report.parse(text)[1]
+
+
+def test_a_row_shows_published_beside_measured(tmp_path):
+  write(tmp_path / "runs/dagnn/cora")
+  text = run(tmp_path)
+  assert text.startswith("# Results\n\n") and text.endswith("|\n")
+  assert cells(text) == [
+    {
+      "system": "dagnn",
+      "claim": "Depth does not hurt.",
+      "published": "DAGNN: 84.4 ± 0.5",
+      "measured": "DAGNN: 84.5 ± 0.5<br>GCN: 81.25",
+      "data": "cora, public split",
+      "seeds": "0 to 2",
+      "command": "`python experiments/dagnn.py`",
+    }
   ]
 
 
-def test_rows_outlive_their_results_and_new_results_replace_them(tmp_path):
-  write(tmp_path / "a"), write(tmp_path / "b", dataset="cora"), write(tmp_path / "c", system="dagnn", value=0.25)
-  first = run(tmp_path, tmp_path / "a", tmp_path / "b", tmp_path / "c")
-  assert [line.split("|")[1].strip() for line in first] == ["dagnn", "fastrp", "fastrp"]
-  assert run(tmp_path, write(tmp_path / "d", value=0.75)) == [first[0], first[1], first[2].replace("0.5000", "0.7500")]
-  (tmp_path / "none").mkdir()
-  again = run(tmp_path, tmp_path / "none")
-  assert len(again) == 3 and again[0] == first[0]
+def test_markdown_renders_as_one_table(tmp_path):
+  write(tmp_path / "runs/a")
+  write(tmp_path / "runs/b", system="smt", claim="A | B\nand C", published={}, seed=7)
+  text = run(tmp_path)
+  lines = text[text.index(report.HEADER) - 1 :].splitlines()
+  assert lines[0] == "" and all(line.startswith("|") for line in lines[1:])
+  assert cells(text)[1]["claim"] == r"A \| B and C"
+  assert cells(text)[1]["published"] == "" and cells(text)[1]["seeds"] == "7"
 
 
-def test_the_last_of_one_claim_stays(tmp_path):
-  for name, finished, value in (("a", "2026-02-02", 0.75), ("b", "2026-01-01", 0.25)):
-    path = write(tmp_path / name, value)
+def test_rows_are_kept_and_replaced(tmp_path):
+  write(tmp_path / "runs/a")
+  write(tmp_path / "runs/b", dataset="citeseer")
+  first = run(tmp_path)
+  again = run(tmp_path)
+  assert again == first
+  # The same key from another folder replaces its row, whatever its claim; others stay without their result.json.
+  write(tmp_path / "other/deep/er", claim="New words.", metrics={"DAGNN": 83.0})
+  rows = cells(run(tmp_path, tmp_path / "other"))
+  assert [(r["data"], r["claim"], r["measured"]) for r in rows] == [
+    ("citeseer", "Depth does not hurt.", "DAGNN: 84.5 ± 0.5<br>GCN: 81.25"),
+    ("cora, public split", "New words.", "DAGNN: 83"),
+  ]
+  # Another command is another row.
+  write(tmp_path / "other", command="python experiments/dagnn.py --seeds 20")
+  assert len(cells(run(tmp_path, tmp_path / "other"))) == 3
+
+
+def test_the_newest_of_two_results_wins(tmp_path):
+  for folder, finished, value in (("z", "2020-01-01T00:00:00Z", 1.0), ("a", "2021-01-01T00:00:00Z", 2.0)):
+    path = write(tmp_path / "runs" / folder, metrics={"DAGNN": value})
     path.write_text(json.dumps(json.loads(path.read_text()) | {"finished": finished}))
-  (line,) = run(tmp_path, tmp_path)
-  assert "micro: 0.7500" in line
+  assert [r["measured"] for r in cells(run(tmp_path))] == ["DAGNN: 2"]
 
 
-def test_what_was_not_measured_stays_blank(tmp_path):
-  by_hand = "| mend | Edits generalise. | success: 0.9 (Table 2) |  | zsRE |  |  |"
-  table = report.render([]).replace("---|\n", "---|\n" + by_hand + "\n")
-  (tmp_path / "RESULTS.md").write_text(table)
-  write(tmp_path / "runs", value=float("nan"))
-  other, mine = sorted(run(tmp_path, tmp_path / "runs"), key=lambda line: "mend" not in line)
-  assert other == by_hand
-  assert mine.split("|")[5].strip() == "macro: 0.3000 ± 0.0707"
+def test_text_around_the_table_is_kept(tmp_path):
+  write(tmp_path / "runs/a")
+  text = run(tmp_path)
+  edited = text.replace("# Results", "# What we found") + "\nA remark.\n"
+  (tmp_path / "RESULTS.md").write_text(edited)
+  assert run(tmp_path) == edited
 
 
-@pytest.mark.parametrize(
-  ("value", "text"),
-  [
-    (84.4321, "84.43"),
-    (0.37234, "0.3723"),
-    (0.0, "0.000"),
-    (-1234.5, "-1234"),
-    (5.53e6, "5.530e+06"),
-    (2e-7, "2.000e-07"),
-  ],
-)
-def test_numbers(value, text):
-  assert (
-    report.to_row(json.loads(json.dumps(RESULT | {"metrics": {"m": {"mean": value, "std": None}}})))["measured"]
-    == f"m: {text}"
-  )
+def test_what_is_not_finite_is_said(tmp_path):
+  write(tmp_path / "runs/a", metrics={"DAGNN": np.nan})
+  assert cells(run(tmp_path))[0]["measured"] == "DAGNN: not finite"
 
 
-@pytest.mark.parametrize(("seed", "text"), [(3, "3"), ([0, 1, 2, 3], "0 to 3"), ([4, 2], "4, 2"), ([5, 6], "5, 6")])
-def test_seeds(seed, text):
-  assert report.to_row(RESULT | {"metrics": {}, "seed": seed})["seeds"] == text
+def test_numbers_and_seeds():
+  assert report.number(0.37231, 0.00449) == "0.3723 ± 0.0045"
+  assert report.number(None, None) == ""
+  assert [report.seeds(s) for s in (3, [3], [0, 1], [4, 5, 6], [1, 5, 8])] == ["3", "3", "0, 1", "4 to 6", "1, 5, 8"]
 
 
-def test_bad_input(tmp_path):
-  with pytest.raises(ValueError, match=r"^folders: got .*nowhere"):
+def test_bad_input_raises(tmp_path):
+  with pytest.raises(ValueError, match="folders: got .*nowhere"):
     run(tmp_path, tmp_path / "nowhere")
-  (tmp_path / "result.json").write_text('{"system": ')
-  with pytest.raises(ValueError, match=r"^folders: got .*result.json, which is not JSON"):
-    run(tmp_path, tmp_path)
-  (tmp_path / "result.json").write_text('{"system": "a"}')
-  with pytest.raises(ValueError, match=r"^folders: got .*result.json without claim, command"):
-    run(tmp_path, tmp_path)
-  (tmp_path / "result.json").unlink()
-  (tmp_path / "RESULTS.md").write_text("| a | b |\n")
-  with pytest.raises(ValueError, match="^table: got 2 cells in line 1"):
-    run(tmp_path, tmp_path)
+  (tmp_path / "runs").mkdir()
+  with pytest.raises(ValueError, match=r"folders: got no result\.json"):
+    run(tmp_path)
+  for damaged in ("{", "[]", "{}", '{"system": "a"}'):
+    (tmp_path / "runs/result.json").write_text(damaged)
+    with pytest.raises(ValueError, match=r"result\.json: got"):
+      run(tmp_path)
+  write(tmp_path / "runs")
+  for table in ("# Other\n", f"{report.HEADER}\n{report.RULE}\n| one | two |\n"):
+    (tmp_path / "RESULTS.md").write_text(table)
+    with pytest.raises(ValueError, match="output: got"):
+      run(tmp_path)
+    assert (tmp_path / "RESULTS.md").read_text() == table  # left as it was
+  assert not list(tmp_path.glob(".RESULTS*"))
