@@ -119,14 +119,14 @@ def classify(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
   operator, labels = load(config)
   features = {key: (np.asarray(embedding(config, operator, m)), m.C) for key, m in METHODS.items()}
   features[BASELINE] = np.zeros((len(labels), 1)), 1.0
-  metrics = {}
+  metrics: dict[str, Any] = {}
   for key, (x, C) in features.items():
     for fraction in config.fractions if key == "FastRP" else config.fractions[:1]:
       scores = evaluation.multilabel_f1(x, labels, fraction, range(config.shuffles), C)
       metrics |= {name(key, a, fraction): s for a, s in scores._asdict().items()}
       rich.print(f"{key}, {fraction:.0%}: micro {scores.micro.mean():.4f}, macro {scores.macro.mean():.4f}")
   metrics[SECONDS] = median_seconds(lambda: embedding(config, operator, METHODS["FastRP"]))
-  published = {}
+  published: dict[str, Any] = {}
   if config.dataset == "blogcatalog" and config.dim == 512:
     for key in ("FastRP", "rows not normalized"):
       for average, values in zip(("micro", "macro"), PUBLISHED[key], strict=True):
@@ -179,7 +179,7 @@ def cost(nodes: int, edges: int) -> tuple[float, float]:
   ones = np.ones(len(senders), "float32")
   operator = sparse.from_scipy(scipy.sparse.csr_array((ones, (receivers, senders)), (nodes, nodes)))
   r = project(jax.random.key(0), nodes, DIM, "sparse")
-  memory = embed.lower(operator, r).compile().memory_analysis()
+  memory: Any = embed.lower(operator, r).compile().memory_analysis()
   size = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
   seconds = median_seconds(lambda: embed(operator, r))
   rich.print(f"{nodes} nodes, {edges} edges: {seconds:.4f} s, {size / 2**20:.1f} MiB")
@@ -243,8 +243,9 @@ def main(config: Config) -> None:
       rich.print(f"Finished on {result['finished']}; delete {folder} to run it again.")
       return report(result)
   start = time.perf_counter()
+  published: dict[str, Any] = {}
   if config.scaling:
-    metrics, published = scale(folder / "figure.png"), {}
+    metrics = scale(folder / "figure.png")
     claim, dataset = "Time and memory are linear in the number of edges.", "Erdos-Renyi graphs"
   else:
     metrics, published = classify(config)
