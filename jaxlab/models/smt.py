@@ -85,11 +85,10 @@ class ScaleAwareModulation(nn.Module):
     mixed = jnp.stack(scales, axis=-1).reshape(x.shape)  # ... becomes channel = t * heads + head
 
     width, groups = self.expand * channels, channels // heads
-    mixed = GroupedPointwiseConv(width, groups, kernel_init=_conv_init(groups), name="mix", **options)(mixed)
-    mixed = nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, axis_name=self.axis_name, name="mix_norm", **options)(
-      mixed
-    )
-    modulation = nn.Dense(channels, kernel_init=_conv_init(), name="fuse", **options)(_gelu(mixed))
+    mix = GroupedPointwiseConv(width, groups, kernel_init=_conv_init(groups), name="mix", **options)
+    norm = nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, axis_name=self.axis_name, name="mix_norm", **options)
+    fuse = nn.Dense(channels, kernel_init=_conv_init(), name="fuse", **options)
+    modulation = fuse(_gelu(norm(mix(mixed))))
     self.sow("intermediates", "modulation", modulation)
     return dense(name="proj")(modulation * value)
 
