@@ -1,6 +1,6 @@
-"""Depthwise and grouped pointwise convolution, NHWC, each in the form that is fastest on the backend at hand.
+"""Strided, depthwise and grouped pointwise convolution, NHWC, each in the form that is fastest on the backend at hand.
 
-On GPU and TPU both are XLA's own grouped operations. XLA's CPU backend has no fast grouped convolution (jax issue
+On GPU and TPU they are XLA's own operations. XLA's CPU backend has no fast grouped convolution (jax issue
 23713, flax issue 4207), so there float32 and narrower types run as host kernels (`jaxlab.nn._depthwise`,
 `jaxlab.nn._grouped`) in float32. Gradients are again such convolutions, so they can be differentiated further;
 forward-mode differentiation is not available on CPU.
@@ -15,6 +15,58 @@ from jaxtyping import Array, Float
 
 from jaxlab import kernels
 from jaxlab.nn import _depthwise, _grouped
+
+
+def strided(
+  x: Float[Array, "b h w c"],
+  kernel: Float[Array, "k l c o"],
+  bias: Float[Array, " o"] | None = None,
+  *,
+  stride: int,
+  padding: int = 0,
+) -> Float[Array, "b i j o"]:
+  """Convolution with a stride, as between the stages of a pyramid.
+
+  On CPU it is a product of patches and the kernel, whose gradients are products too: XLA's gradients of strided
+  convolutions are many times slower there.
+
+  Args:
+    x: images.
+    kernel: filters, of the dtype of `x`.
+    bias: added to every pixel.
+    stride: of the output pixels.
+    padding: zeros on every side.
+
+  Returns:
+    In the dtype of `x`, accumulated in float32; i = (h + 2 padding - k) // stride + 1.
+
+  Raises:
+    ValueError: shapes that do not fit together.
+  """
+  if x.ndim != 4 or kernel.ndim != 4 or kernel.shape[2] != x.shape[3]:
+    raise ValueError(f"kernel: got shape {kernel.shape}, expected (k, l, {x.shape[-1]}, outputs) for x of {x.shape}")
+  if bias is not None and bias.shape != kernel.shape[3:]:
+    raise ValueError(f"bias: got shape {bias.shape}, expected {kernel.shape[3:]}")
+  if stride < 1:
+    raise ValueError(f"stride: got {stride}, expected a positive integer")
+  if padding < 0:
+    raise ValueError(f"padding: got {padding}, expected at least 0")
+  k, l, channels, out = kernel.shape
+  if jax.default_backend() == "cpu":
+    padded = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    height, width = (padded.shape[1] - k) // stride + 1, (padded.shape[2] - l) // stride + 1
+    taps = [
+      padded[:, i : i + stride * (height - 1) + 1 : stride, j : j + stride * (width - 1) + 1 : stride]
+      for i in range(k)
+      for j in range(l)
+    ]
+    y = jnp.concatenate(taps, axis=-1).reshape(-1, k * l * channels) @ kernel.reshape(-1, out)
+    y = y.reshape(x.shape[0], height, width, out)
+  else:
+    y = jax.lax.conv_general_dilated(
+      x, kernel, (stride, stride), ((padding, padding),) * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+  return y if bias is None else y + bias
 
 
 def depthwise(
@@ -217,6 +269,39 @@ def _swap(kernel, groups):
   """Inputs and outputs of every group exchanged: [g, groups * o] -> [o, groups * g]."""
   size = kernel.shape[0]
   return kernel.reshape(size, groups, -1).transpose(2, 1, 0).reshape(-1, groups * size)
+
+
+class StridedConv(nn.Module):
+  """Convolution with a stride; parameters `kernel` [k, k, C, features] and `bias` [features], as `flax.linen.Conv`.
+
+  Attributes:
+    features: outputs.
+    kernel_size: k.
+    stride: of the output pixels.
+    padding: zeros on every side.
+    use_bias: whether there is a bias.
+    dtype: compute dtype.
+    param_dtype: dtype of the parameters.
+    kernel_init: initialiser of the filters.
+  """
+
+  features: int
+  kernel_size: int
+  stride: int
+  padding: int = 0
+  use_bias: bool = True
+  dtype: jax.typing.DTypeLike = "float32"
+  param_dtype: jax.typing.DTypeLike = "float32"
+  kernel_init: jax.nn.initializers.Initializer = nn.initializers.lecun_normal()
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j o"]:
+    """Images to images, in `dtype`."""
+    shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+    kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+    bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype) if self.use_bias else None
+    x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+    return strided(x, kernel, bias, stride=self.stride, padding=self.padding)
 
 
 class DepthwiseConv(nn.Module):
