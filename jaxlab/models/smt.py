@@ -81,7 +81,9 @@ class ScaleAwareModulation(nn.Module):
 
     value = dense(name="v")(x)
     scales = jnp.split(dense(name="s")(x), heads, axis=-1)  # channel = head * (C / heads) + t ...
-    scales = [local(k, name=f"local_conv_{k}x{k}")(s) for k, s in zip(self.kernel_sizes, scales, strict=True)]
+    scales = [
+      local(kernel_size=k, name=f"local_conv_{k}x{k}")(s) for k, s in zip(self.kernel_sizes, scales, strict=True)
+    ]
     mixed = jnp.stack(scales, axis=-1).reshape(x.shape)  # ... becomes channel = t * heads + head
 
     width, groups = self.expand * channels, channels // heads
