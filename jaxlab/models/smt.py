@@ -30,7 +30,7 @@ from jaxtyping import Array, Float
 
 from jaxlab import interop
 from jaxlab.nn.attention import multi_head_attention
-from jaxlab.nn.conv import DepthwiseConv, GroupedPointwiseConv
+from jaxlab.nn.conv import DepthwiseConv, GroupedPointwiseConv, StridedConv
 from jaxlab.nn.drop_path import DropPath, linear_rates
 
 Mixer = Literal["modulation", "attention", "alternate"]
@@ -196,11 +196,10 @@ class Stem(nn.Module):
   def __call__(self, images: Float[Array, "b i j d"], *, train: bool = False) -> Float[Array, "b h w c"]:
     """Args: images. Returns maps of a quarter of the sides."""
     options = _precision(self)
-    conv = functools.partial(nn.Conv, self.width, strides=2, kernel_init=_conv_init(), **options)
-    window, padding = (self.kernel_size, self.kernel_size), self.kernel_size // 2
-    x = conv(kernel_size=window, padding=padding, use_bias=False, name="conv1")(images)
+    conv = functools.partial(StridedConv, self.width, stride=2, kernel_init=_conv_init(), **options)
+    x = conv(kernel_size=self.kernel_size, padding=self.kernel_size // 2, use_bias=False, name="conv1")(images)
     x = nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, axis_name=self.axis_name, name="norm1", **options)(x)
-    x = conv(kernel_size=(2, 2), padding=0, name="conv2")(nn.relu(x))
+    x = conv(kernel_size=2, name="conv2")(nn.relu(x))
     return nn.LayerNorm(1e-5, name="norm2", **options)(x)
 
 
@@ -265,7 +264,7 @@ class SMT(nn.Module):
       axis_name=self.axis_name,
       **options,
     )
-    conv = functools.partial(nn.Conv, kernel_size=(3, 3), strides=2, padding=1, kernel_init=_conv_init(), **options)
+    conv = functools.partial(StridedConv, kernel_size=3, stride=2, padding=1, kernel_init=_conv_init(), **options)
 
     maps = []
     x = images.astype(self.dtype)

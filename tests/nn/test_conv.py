@@ -135,3 +135,32 @@ def test_modules_have_the_documented_parameters():
 def test_bad_input(call, argument):
   with pytest.raises(ValueError, match=f"^{argument}: got"):
     call()
+
+
+@pytest.mark.parametrize(("k", "stride", "padding", "size"), [(3, 2, 1, (7, 8)), (2, 2, 0, (6, 5)), (7, 4, 3, (9, 9))])
+def test_strided_form_equals_xla(k, stride, padding, size, monkeypatch):
+  x, w, b = random(2, *size, 3), random(k, k, 3, 5), random(5)
+  function = lambda x, w, b: conv.strided(x, w, b, stride=stride, padding=padding)  # noqa: E731
+  y, vjp = jax.vjp(function, x, w, b)
+  g = random(*y.shape)
+  mine = (y, *vjp(g))
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  y, vjp = jax.vjp(function, x, w, b)
+  for a, c in zip(mine, (y, *vjp(g)), strict=True):
+    np.testing.assert_allclose(a, c, rtol=1e-4, atol=1e-4)
+  assert y.shape == (2, *((s + 2 * padding - k) // stride + 1 for s in size), 5)
+
+
+@pytest.mark.parametrize(
+  ("call", "argument"),
+  [
+    (lambda x, w: conv.strided(x[0], w, stride=2), "kernel"),
+    (lambda x, w: conv.strided(x, w[:, :, :1], stride=2), "kernel"),
+    (lambda x, w: conv.strided(x, w, jnp.ones(1), stride=2), "bias"),
+    (lambda x, w: conv.strided(x, w, stride=0), "stride"),
+    (lambda x, w: conv.strided(x, w, stride=2, padding=-1), "padding"),
+  ],
+)
+def test_bad_strided_input(call, argument):
+  with pytest.raises(ValueError, match=f"^{argument}: got"):
+    call(jnp.ones((1, 8, 8, 3)), jnp.ones((3, 3, 3, 5)))
