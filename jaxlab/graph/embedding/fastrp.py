@@ -162,6 +162,9 @@ def combine(
 def unit_rows(x: Float[Array, "n dim"]) -> Float[Array, "n dim"]:
   """Rows scaled to length 1; rows of zeros stay. Computed in float32 at least."""
   wide = x.astype(jnp.promote_types(x.dtype, "float32"))
+  # Squares of a large or small power of S leave the range of float32; those of entries up to 1 do not.
+  largest = jax.lax.stop_gradient(jnp.max(jnp.abs(wide), axis=1, keepdims=True))
+  wide /= jnp.where(largest > 0, largest, 1)
   squared = jnp.sum(wide**2, axis=1, keepdims=True)
   return (wide * jax.lax.rsqrt(jnp.where(squared > 0, squared, 1))).astype(x.dtype)
 

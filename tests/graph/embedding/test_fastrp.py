@@ -164,6 +164,14 @@ def test_units_of_edges_and_weights_do_not_matter(seed, unit, weight, exponent):
   np.testing.assert_allclose(got, embed(operator(s), r, weights=WEIGHTS, degree_exponent=exponent), atol=1e-4)
 
 
+@pytest.mark.parametrize("unit", [1e-8, 1e8])
+def test_powers_of_large_and_small_weights_keep_their_rows(unit):
+  """U_4 is of order unit^4, the square of which float32 does not hold."""
+  s, r = weighted_graph(0), fastrp.projection(jax.random.key(0), N, DIM, "gaussian")
+  got = embed(operator(unit * s), r, similarity="adjacency")
+  np.testing.assert_allclose(got, embed(operator(s), r, similarity="adjacency"), atol=1e-4)
+
+
 @hypothesis.given(hnp.arrays("float32", (40, 3), elements=st.floats(-1, 1, width=32)), st.floats(-1e3, 1e3))
 def test_standardize(x, shift):
   x = np.float32(x + np.float32(shift))
