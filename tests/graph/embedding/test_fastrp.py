@@ -182,6 +182,12 @@ def test_standardize(x, shift):
   assert not got[:, x.min(0) == x.max(0)].any()  # constant, whatever the constant
 
 
+def test_rounding_noise_is_not_a_signal():
+  x = np.tile(np.float32([0.1, -3.7, 1e4]), (50, 1))
+  x[::2] = np.nextafter(x[::2], np.float32(np.inf))
+  assert not np.asarray(fastrp.standardize(jnp.asarray(x))).any()
+
+
 def test_one_trace_for_all_weights_and_exponents():
   traces = []
 
