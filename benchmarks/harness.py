@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from jaxlab import memory
+
 RESULTS = pathlib.Path(__file__).parent / "RESULTS.md"
 _HEADER = """# Benchmarks
 
@@ -119,6 +121,7 @@ def _memory(field: str) -> float:
 
 def _serve(pipe, side):
   try:
+    memory.keep()  # as `train.fit` does; for the peer too
     run = side()
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak of setting up is not a run's
     before = _memory("VmRSS")

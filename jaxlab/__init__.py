@@ -5,7 +5,9 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_SUBPACKAGES = ("analysis", "catalog", "data", "decentral", "graph", "interop", "learning", "models", "nn", "train")
+_SUBPACKAGES = (
+  "analysis", "catalog", "data", "decentral", "graph", "interop", "kernels", "learning", "memory", "models", "nn", "train"
+)  # fmt: skip
 __all__ = [*_SUBPACKAGES]
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Key, PyTree
 
+from jaxlab import memory
 from jaxlab.train import checks, parallel
 from jaxlab.train.checkpoint import Checkpoints
 from jaxlab.train.learner import Batch, Learner, Metrics, State
@@ -54,7 +55,7 @@ def fit(
   """Trains from scratch, or from the newest whole checkpoint in `workdir`.
 
   A run that was killed at any step and started again ends with bit-identical parameters to one that never stopped, on
-  the same machine. A finished run returns at once. SIGTERM saves a checkpoint, then exits with code 143 (128 + 15,
+  the same machine. A finished run returns at once. The process keeps the memory of its peak (`jaxlab.memory`). SIGTERM saves a checkpoint, then exits with code 143 (128 + 15,
   what a shell reports for a terminated program); the caller's handler is back in place afterwards.
 
   Args:
@@ -96,6 +97,7 @@ def fit(
   if folder.exists() and not folder.is_dir():
     raise ValueError(f"workdir: got {workdir}, a file, expected a folder")
   folder.mkdir(parents=True, exist_ok=True)
+  memory.keep()
   _same_config(folder / "config.json", config)
 
   place: Callable[[Batch], Batch] = jax.device_put
