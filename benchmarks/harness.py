@@ -123,6 +123,7 @@ def _serve(pipe, side):
   try:
     memory.keep()  # as `train.fit` does; for the peer too
     run = side()
+    memory.trim()
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak of setting up is not a run's
     before = _memory("VmRSS")
     for _ in range(3):

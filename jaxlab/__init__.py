@@ -6,8 +6,19 @@ from typing import Any
 __version__ = "0.1.0"
 
 _SUBPACKAGES = (
-  "analysis", "catalog", "data", "decentral", "graph", "interop", "kernels", "learning", "memory", "models", "nn", "train"
-)  # fmt: skip
+  "analysis",
+  "catalog",
+  "data",
+  "decentral",
+  "graph",
+  "interop",
+  "kernels",
+  "learning",
+  "memory",
+  "models",
+  "nn",
+  "train",
+)
 __all__ = [*_SUBPACKAGES]
 
 

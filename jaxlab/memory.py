@@ -4,6 +4,7 @@ import ctypes
 import functools
 import platform
 
+_GLIBC = platform.libc_ver()[0] == "glibc"
 # From malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
@@ -16,7 +17,13 @@ def keep() -> None:
   them back when freed, and the system clears every page when it is touched: up to half of the time of a training step.
   Afterwards the process holds on to its peak.
   """
-  if platform.libc_ver()[0] == "glibc":
+  if _GLIBC:
     mallopt = ctypes.CDLL(None).mallopt
     mallopt(_M_MMAP_MAX, 0)
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def trim() -> None:
+  """Host. Returns what is free at this moment, for once. Does nothing where the C library is not glibc."""
+  if _GLIBC:
+    ctypes.CDLL(None).malloc_trim(0)

@@ -51,16 +51,16 @@ def strided(
     raise ValueError(f"stride: got {stride}, expected a positive integer")
   if padding < 0:
     raise ValueError(f"padding: got {padding}, expected at least 0")
-  k, l, channels, out = kernel.shape
+  rows, columns, channels, out = kernel.shape
   if jax.default_backend() == "cpu":
     padded = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    height, width = (padded.shape[1] - k) // stride + 1, (padded.shape[2] - l) // stride + 1
+    height, width = (padded.shape[1] - rows) // stride + 1, (padded.shape[2] - columns) // stride + 1
     taps = [
       padded[:, i : i + stride * (height - 1) + 1 : stride, j : j + stride * (width - 1) + 1 : stride]
-      for i in range(k)
-      for j in range(l)
+      for i in range(rows)
+      for j in range(columns)
     ]
-    y = jnp.concatenate(taps, axis=-1).reshape(-1, k * l * channels) @ kernel.reshape(-1, out)
+    y = jnp.concatenate(taps, axis=-1).reshape(-1, rows * columns * channels) @ kernel.reshape(-1, out)
     y = y.reshape(x.shape[0], height, width, out)
   else:
     y = jax.lax.conv_general_dilated(

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import grain
 import jax
@@ -244,7 +244,7 @@ def _has_nan(state: PyTree) -> Array:
   return functools.reduce(jnp.logical_or, [jnp.isnan(x).any() for x in floating], jnp.array(False))
 
 
-def _stop(folder: Path, step: int, batch: Batch, why: str) -> None:
+def _stop(folder: Path, step: int, batch: Batch, why: str) -> NoReturn:
   """Saves the batch and raises."""
   suffix = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
   path = folder / f"nonfinite_step_{step}{suffix}.npz"

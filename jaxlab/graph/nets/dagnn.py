@@ -132,14 +132,17 @@ class AdaptivePropagation(nn.Module):
     def gate(h):
       return nn.sigmoid(h.astype("float32") @ jnp.asarray(s, "float32") + b)  # [N, 1]
 
-    # A loop in Python rather than a scan: under grad, a scan copies every hop into one array and back.
-    hops, gates = [z], [gate(z)]
-    total = gates[0] * z
-    for _ in range(self.hops):
-      hops.append(sparse.propagate(operator, hops[-1]))
-      gates.append(gate(hops[-1]))
-      total = total + gates[-1] * hops[-1]
-    seen = Features(jnp.stack(hops, axis=1), jnp.concatenate(gates, axis=1)) if features else None
+    def hop(carry, _):
+      h, total = carry
+      h = sparse.propagate(operator, h)
+      g = gate(h)
+      return (h, total + g * h), (h, g[:, 0]) if features else None
+
+    first = gate(z)
+    (_, total), seen = jax.lax.scan(hop, (z, first * z), length=self.hops)
+    if features:
+      hops, gates = (jnp.concatenate([a[None], b]) for a, b in zip((z, first[:, 0]), seen, strict=True))
+      seen = Features(jnp.moveaxis(hops, 0, 1), gates.T)
     return total.astype(z.dtype), seen
 
 
