@@ -103,7 +103,7 @@ def operator(graph: jraph.GraphsTuple, weights: Float[Array, " e"] | None = None
   return _operator(graph.receivers, graph.senders, weights, (n, n), xp)
 
 
-def _operator(rows, columns, values, shape, xp) -> Operator:
+def _operator(rows, columns, values, shape, xp):
   order = xp.argsort(columns, stable=True)
 
   def starts(ids, n):

@@ -55,8 +55,9 @@ def fit(
   """Trains from scratch, or from the newest whole checkpoint in `workdir`.
 
   A run that was killed at any step and started again ends with bit-identical parameters to one that never stopped, on
-  the same machine. A finished run returns at once. The process keeps the memory of its peak (`jaxlab.memory`). SIGTERM saves a checkpoint, then exits with code 143 (128 + 15,
-  what a shell reports for a terminated program); the caller's handler is back in place afterwards.
+  the same machine. A finished run returns at once. SIGTERM saves a checkpoint, then exits with code 143 (128 + 15,
+  what a shell reports for a terminated program); the caller's handler is back in place afterwards. The process keeps
+  the memory of its peak, see `jaxlab.memory`.
 
   Args:
     learner: its functions are jitted here unless they already are; `step` gives its state's memory to the next state.
