@@ -197,7 +197,7 @@ class GATConv(nn.Module):
 
     to_receiver, to_sender = project("attention_receiver"), project("attention_sender")  # u . z and v . z, [N, heads]
     score = nn.leaky_relu(to_receiver[operator.rows] + to_sender[operator.columns], self.negative_slope)
-    attention = jraph.segment_softmax(score, operator.rows, operator.shape[0])  # [E, heads]
+    attention = sparse.segment_softmax(operator, score)  # [E, heads]
     if train and self.dropout > 0:
       attention = dropout(self.make_rng("dropout"), attention, self.dropout)
     y = jax.vmap(sparse.propagate, (None, 1, 1), 1)(operator, z, attention)
