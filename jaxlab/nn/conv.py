@@ -143,17 +143,17 @@ def grouped_pointwise(
   if bias is not None and bias.shape != (out,):
     raise ValueError(f"bias: got shape {bias.shape}, expected ({out},)")
   if _host(x, kernel):
-    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    y = _host_grouped(rows, kernel.astype(jnp.float32)[0, 0]).astype(x.dtype).reshape(*x.shape[:-1], out)
-  else:
-    groups = x.shape[-1] // size
-    y = jnp.einsum(
-      "...jg,gjo->...jo",
-      x.reshape(*x.shape[:-1], groups, size),
-      kernel.reshape(size, groups, out // groups),
-      preferred_element_type=jnp.float32,
-    )
-    y = y.reshape(*x.shape[:-1], out).astype(x.dtype)
+    wide = [a.astype(jnp.float32) for a in (x.reshape(-1, x.shape[-1]), kernel[0, 0])]
+    offset = jnp.zeros(out) if bias is None else bias.astype(jnp.float32)
+    return _host_grouped(*wide, offset).astype(x.dtype).reshape(*x.shape[:-1], out)
+  groups = x.shape[-1] // size
+  y = jnp.einsum(
+    "...jg,gjo->...jo",
+    x.reshape(*x.shape[:-1], groups, size),
+    kernel.reshape(size, groups, out // groups),
+    preferred_element_type=jnp.float32,
+  )
+  y = y.reshape(*x.shape[:-1], out).astype(x.dtype)
   return y if bias is None else y + bias
 
 
@@ -223,23 +223,21 @@ _correlate.defvjp(_correlate_forward, _correlate_backward)
 
 
 @jax.custom_vjp
-def _host_grouped(x, kernel):
-  """[P, C] by [g, O] -> [P, O]."""
+def _host_grouped(x, kernel, bias):
+  """[P, C] by [g, O], plus [O] -> [P, O]."""
   size, out = kernel.shape[0], kernel.shape[1] * kernel.shape[0] // x.shape[1]
-  host = _grouped.product(size, out)
-  (y,) = kernels.call(
-    host, [jax.ShapeDtypeStruct((x.shape[0], kernel.shape[1]), x.dtype)], x, kernel, items=_grouped.items(x.shape[0])
-  )
-  return y
+  shape = jax.ShapeDtypeStruct((x.shape[0], kernel.shape[1]), x.dtype)
+  return kernels.call(_grouped.product(size, out), [shape], x, kernel, bias, items=_grouped.items(x.shape[0]))[0]
 
 
-def _host_grouped_forward(x, kernel):
-  return _host_grouped(x, kernel), (x, kernel)
+def _host_grouped_forward(x, kernel, bias):
+  return _host_grouped(x, kernel, bias), (x, kernel)
 
 
 def _host_grouped_backward(saved, g):
   x, kernel = saved
-  return _host_grouped(g, _swap(kernel, x.shape[1] // kernel.shape[0])), _host_grouped_weights(x, g, kernel.shape[0])
+  dx = _host_grouped(g, _swap(kernel, x.shape[1] // kernel.shape[0]), jnp.zeros(x.shape[1]))
+  return dx, _host_grouped_weights(x, g, kernel.shape[0]), g.sum(0)
 
 
 _host_grouped.defvjp(_host_grouped_forward, _host_grouped_backward)
@@ -259,7 +257,8 @@ def _host_grouped_weights_forward(x, g, size):
 
 def _host_grouped_weights_backward(size, saved, dkernel):
   x, g = saved
-  return _host_grouped(g, _swap(dkernel, x.shape[1] // size)), _host_grouped(x, dkernel)
+  dx = _host_grouped(g, _swap(dkernel, x.shape[1] // size), jnp.zeros(x.shape[1]))
+  return dx, _host_grouped(x, dkernel, jnp.zeros(g.shape[1]))
 
 
 _host_grouped_weights.defvjp(_host_grouped_weights_forward, _host_grouped_weights_backward)
