@@ -25,7 +25,7 @@ import rich
 import rich.table
 import tyro
 
-from jaxlab import data, train
+from jaxlab import data, memory, train
 from jaxlab.data import digits, planetoid, synthetic
 from jaxlab.graph import evaluation, node_classification
 from jaxlab.graph.nets import dagnn
@@ -219,6 +219,7 @@ def report(result: dict[str, Any]) -> None:
 
 def main(config: Config) -> None:
   """Trains what is not trained yet, then draws and reports."""
+  memory.keep()
   if config.seeds < 1:
     raise ValueError(f"seeds: got {config.seeds}, expected at least 1")
   if config.tune:

@@ -27,7 +27,7 @@ import rich.table
 import sklearn.linear_model
 import tyro
 
-from jaxlab import train
+from jaxlab import memory, train
 from jaxlab.data import augment, digits, imagenet, images, mnist5k
 from jaxlab.models import smt
 from jaxlab.train import figures
@@ -343,6 +343,7 @@ def label(config: Config) -> str:
 
 def main(config: Config) -> None:
   """Trains, tests and reports."""
+  memory.keep()
   began = time.monotonic()
   if not 0 <= config.warmup_epochs < config.epochs:
     raise ValueError(f"warmup_epochs: got {config.warmup_epochs}, expected fewer than the {config.epochs} epochs")

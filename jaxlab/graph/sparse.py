@@ -97,9 +97,9 @@ def operator(graph: jraph.GraphsTuple, weights: Float[Array, " e"] | None = None
     raise ValueError(f"weights: got shape {weights.shape}, expected {graph.receivers.shape}, one for each edge")
   if xp is np and (np.diff(graph.receivers) < 0).any():
     raise ValueError("graph: got edges in another order, expected them sorted by receiver")
-  leaves = jax.tree.leaves(graph.nodes)
   # A padded graph's n_node need not be concrete, its node features' leading axis always is.
-  n = leaves[0].shape[0] if leaves else int(np.sum(graph.n_node))
+  nodes = jax.tree.leaves(graph.nodes, is_leaf=lambda node: isinstance(node, Operator))
+  n = nodes[0].shape[0] if nodes else int(np.sum(graph.n_node))
   return _operator(graph.receivers, graph.senders, weights, (n, n), xp)
 
 

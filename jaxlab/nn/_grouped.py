@@ -20,7 +20,7 @@ def items(rows: int) -> int:
 
 @intrinsic(prefer_literal=True)
 def _multiply_group(typing, size, out, rows, x, x_row, w, w_row, bias, y, y_row):
-  """y[r, :out] = bias[:out] + sum over i < size of x[r, i] * w[i, :out] for r < rows; addresses and lengths of rows in bytes."""
+  """y[r, :out] = bias[:out] + sum over i < size of x[r, i] * w[i, :out] for r < rows; addresses and rows in bytes."""
   size_, out_, rows_ = size.literal_value, out.literal_value, rows.literal_value
 
   def codegen(context, builder, signature, args):

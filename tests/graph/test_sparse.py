@@ -139,6 +139,11 @@ def test_graph_and_operator_agree_eager_and_traced():
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_sparse_node_features_are_counted_by_row():
+  g = graph(np.arange(3), np.arange(3), 3)._replace(nodes=sparse.from_scipy(matrix(3, 40, 0.1)))
+  assert sparse.operator(g).shape == (3, 3)
+
+
 def test_no_retrace_on_another_graph():
   chex.clear_trace_counter()
   traced = chex.assert_max_traces(lambda op, x: sparse.propagate(op, x), n=1)
