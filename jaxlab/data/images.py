@@ -98,6 +98,8 @@ def source(name: str, split: str, directory: str | os.PathLike[str] | None = Non
   Raises:
     ValueError: unknown name or split, data not prepared (the message says how), damaged files.
   """
+  # TFDS itself looks at the variable only when it is imported.
+  directory = directory or os.environ.get("TFDS_DATA_DIR")
   try:
     builder = tfds.builder(name, data_dir=directory)
   except Exception as error:  # an unknown name lists a thousand others: keep the first line
