@@ -17,9 +17,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import jraph
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from jaxlab.graph import sparse, structure
+from jaxlab.nn.dropout import dropout
 
 Graph: TypeAlias = jraph.GraphsTuple | sparse.Operator
 Features: TypeAlias = Float[Array, "n f"] | sparse.Operator
@@ -87,26 +88,6 @@ class Dropout(nn.Module):
     if isinstance(x, sparse.Operator):
       return x.replace_values(dropout(key, x.values, self.rate))
     return dropout(key, jnp.asarray(x), self.rate)
-
-
-def dropout(key: Key[Array, ""], x: Float[Array, "*shape"], rate: float) -> Float[Array, "*shape"]:
-  """Inverted dropout from 16 random bits an entry: several times the speed of `nn.Dropout` on CPU, where bits dominate.
-
-  Args:
-    key: of this draw.
-    x: any shape.
-    rate: in [0, 1), rounded to a multiple of 2^-16; the scale is that of the rounded rate, so the mean is exact.
-
-  Raises:
-    ValueError: on another rate.
-  """
-  if not 0 <= rate < 1:
-    raise ValueError(f"rate: got {rate}, expected a number in [0, 1)")
-  threshold = max(round((1 - rate) * 2**16), 1)
-  bits = jax.random.bits(key, (-(-x.size // 2),), "uint32")
-  keep = (jnp.concatenate([bits & 0xFFFF, bits >> 16]) < threshold)[: x.size].reshape(x.shape)
-  keep = jax.lax.optimization_barrier(keep)  # else XLA draws again, fused into every use, the gradient's included
-  return jnp.where(keep, x * jnp.asarray(2**16 / threshold, x.dtype), 0)
 
 
 # ------------------------------------------------------------------------------------------------------ convolutions

@@ -155,26 +155,3 @@ def test_dropout_of_sparse_features_has_the_distribution_of_dense_dropout():
   np.testing.assert_array_equal(drop.apply({}, features, train=False).values, features.values)
   other = drop.apply({}, features, train=True, rngs={"dropout": jax.random.key(2)})
   assert np.any(other.values != dropped.values)
-
-
-@pytest.mark.parametrize("shape", [(301,), (40, 33), (2, 3, 5)])
-def test_dropout_draws_entries_independently(shape):
-  keys = jax.random.split(jax.random.key(0), 4000)
-  drawn = jax.jit(jax.vmap(lambda key: layers.dropout(key, jnp.ones(shape), 0.3)))(keys).reshape(4000, -1)
-  assert set(np.unique(drawn.round(3))) == {0, np.float32(1.429)}
-  np.testing.assert_allclose(drawn.mean(axis=0), 1, atol=5 * np.sqrt(0.3 / 0.7 / 4000))
-  correlation = np.corrcoef(drawn[:, :30].T) - np.eye(drawn[:, :30].shape[1])
-  assert np.abs(correlation).max() < 5 / np.sqrt(4000)
-  other_half_of_the_word = drawn[:, (drawn.shape[1] + 1) // 2]
-  assert abs(np.corrcoef(drawn[:, 0], other_half_of_the_word)[0, 1]) < 5 / np.sqrt(4000)
-
-
-def test_dropout_rates():
-  key, x = jax.random.key(0), jnp.ones((8, 8), "bfloat16")
-  assert layers.dropout(key, x, 0.5).dtype == jnp.bfloat16
-  np.testing.assert_array_equal(layers.dropout(key, x, 0.0), x)
-  gradient = jax.grad(lambda x: jnp.sum(layers.dropout(key, x, 0.5)))(jnp.ones(64))
-  np.testing.assert_array_equal(gradient, layers.dropout(key, jnp.ones(64), 0.5))
-  for rate in (-0.1, 1.0):
-    with pytest.raises(ValueError, match="^rate: got"):
-      layers.dropout(key, x, rate)
