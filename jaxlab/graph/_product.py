@@ -10,6 +10,7 @@ from numba.extending import intrinsic
 from jaxlab import kernels
 
 _ROWS = 64  # rows of the result an item makes
+_TOGETHER = 10  # arrays of few columns that an item of `multiply_each` takes
 _ENTRIES = 1024  # entries an item of `sample` handles
 _word = ir.IntType(64)
 
@@ -31,15 +32,9 @@ def _sum_rows(typing, lanes, vectors, full, columns, order, values, start, stop,
     vector = kernels.Vectors(builder, lanes_)
     add, mul, word = builder.add, builder.mul, _word
     masks = [vector.mask(builder.sub(count, word(v * lanes_))) for v in range(vectors_)]
-
-    def element(kind, array, index):
-      return builder.load(builder.inttoptr(add(array, mul(index, word(4))), kind.as_pointer()))
-
     sums = vector.registers([vector.zero()] * vectors_)
     with cgutils.for_range_slice(builder, start, stop, word(1)) as (i, _):
-      column = builder.zext(element(ir.IntType(32), columns, i), word)
-      entry = builder.zext(element(ir.IntType(32), order, i), word)
-      weight = vector.splat(element(ir.FloatType(), values, entry))
+      column, weight = _entry(builder, vector, columns, order, values, i)
       row = add(x, mul(column, x_row))
       for v in range(vectors_):
         place = add(row, word(v * vector.bytes))
@@ -54,6 +49,48 @@ def _sum_rows(typing, lanes, vectors, full, columns, order, values, start, stop,
     return context.get_dummy_value()
 
   return types.void(lanes, vectors, full, *[types.int64] * 9), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _sum_row_of_each(typing, lanes, batch, columns, order, values, start, stop, x, x_row, x_step, y, y_step, count):
+  """As `_sum_rows` for `batch` arrays x with the same entries, `count` being at most `lanes`.
+
+  An entry is read once for all of them.
+
+  Args:
+    x_step, y_step: bytes from one array to the next.
+  """
+  lanes_, batch_ = lanes.literal_value, batch.literal_value
+
+  def codegen(context, builder, signature, args):
+    columns, order, values, start, stop, x, x_row, x_step, y, y_step, count = args[2:]
+    vector = kernels.Vectors(builder, lanes_)
+    add, mul, word = builder.add, builder.mul, _word
+    mask = vector.mask(count)
+    steps = [mul(x_step, word(b)) for b in range(batch_)]
+    sums = vector.registers([vector.zero()] * batch_)
+    with cgutils.for_range_slice(builder, start, stop, word(1)) as (i, _):
+      column, weight = _entry(builder, vector, columns, order, values, i)
+      row = add(x, mul(column, x_row))
+      for step, total in zip(steps, sums, strict=True):
+        value = vector.load_masked(add(row, step), mask)
+        builder.store(vector.multiply_add(value, weight, builder.load(total)), total)
+    for b, total in enumerate(sums):
+      vector.store_masked(builder.load(total), add(y, mul(y_step, word(b))), mask)
+    return context.get_dummy_value()
+
+  return types.void(lanes, batch, *[types.int64] * 11), codegen
+
+
+def _entry(builder, vector, columns, order, values, i):
+  """Column of entry i, and its weight in every lane."""
+
+  def element(kind, array, index):
+    return builder.load(builder.inttoptr(builder.add(array, builder.mul(index, _word(4))), kind.as_pointer()))
+
+  column = builder.zext(element(ir.IntType(32), columns, i), _word)
+  entry = builder.zext(element(ir.IntType(32), order, i), _word)
+  return column, vector.splat(element(ir.FloatType(), values, entry))
 
 
 def multiply_items(batch: int, rows: int) -> int:
@@ -93,6 +130,41 @@ def multiply(lanes: int) -> kernels.Kernel:
         else:
           _sum_rows(lanes, 1, False, sources, entries, weights, start, stop, source, 4 * width, target, width - f)
           f += lanes
+
+  return kernel
+
+
+def multiply_each_items(batch: int, rows: int) -> int:
+  """Items of `multiply_each`."""
+  return -(-batch // _TOGETHER) * -(-rows // _ROWS)
+
+
+@functools.cache
+def multiply_each(lanes: int) -> kernels.Kernel:
+  """As `multiply` for many x of few columns: values [1, E], x [S, C, F] with F at most `lanes`."""
+
+  @kernels.kernel(f"product.multiply_each.{lanes}")
+  def kernel(item, frame):
+    starts, columns = kernels.operand(frame, 0, types.int32, 1), kernels.operand(frame, 1, types.int32, 1)
+    order, values = kernels.operand(frame, 2, types.int32, 1), kernels.operand(frame, 3, types.float32, 2)
+    x, y = kernels.operand(frame, 4, types.float32, 3), kernels.result(frame, 0, types.float32, 3)
+    batch, rows, width = y.shape
+    blocks = (rows + _ROWS - 1) // _ROWS
+    low, first = item // blocks * _TOGETHER, item % blocks * _ROWS
+    high = min(low + _TOGETHER, batch)
+    weights, entries, sources = values.ctypes.data, order.ctypes.data, columns.ctypes.data
+    row, x_step, y_step = 4 * width, 4 * width * x.shape[1], 4 * width * rows
+    for r in range(first, min(first + _ROWS, rows)):
+      start, stop = types.int64(starts[r]), types.int64(starts[r + 1])
+      s = low
+      while s < high:
+        source, target = x.ctypes.data + x_step * s, y.ctypes.data + y_step * s + row * r
+        if s + 5 <= high:
+          _sum_row_of_each(lanes, 5, sources, entries, weights, start, stop, source, row, x_step, target, y_step, width)
+          s += 5
+        else:
+          _sum_row_of_each(lanes, 1, sources, entries, weights, start, stop, source, row, x_step, target, y_step, width)
+          s += 1
 
   return kernel
 

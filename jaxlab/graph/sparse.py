@@ -218,8 +218,11 @@ def _host_multiply(starts, columns, order, values, x):
   """[V, E], [S, C, F] -> [S, R, F], V being 1 or S."""
   batch, rows, width = x.shape[0], starts.shape[0] - 1, x.shape[2]
   shape = jax.ShapeDtypeStruct((batch, rows, width), x.dtype)
-  kernel = _product.multiply(kernels.max_lanes())
-  items = _product.multiply_items(batch, rows)
+  lanes = kernels.max_lanes()
+  if batch > 1 and values.shape[0] == 1 and width <= lanes:
+    kernel, items = _product.multiply_each(lanes), _product.multiply_each_items(batch, rows)
+  else:
+    kernel, items = _product.multiply(lanes), _product.multiply_items(batch, rows)
   return kernels.call(kernel, [shape], starts, columns, order, values, x, items=items)[0]
 
 

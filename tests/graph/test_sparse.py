@@ -87,6 +87,13 @@ def test_vmap_of_vmap_and_over_operators():
   np.testing.assert_allclose(z[1], np.roll(random(2, 6, 3)[1], -2, 0), rtol=1e-6)
 
 
+@pytest.mark.parametrize(("batch", "width"), [(2, 1), (5, 8), (7, 3), (23, 5)])
+def test_vmap_of_many_narrow_arrays(batch, width):
+  a, x = matrix(70, 6), random(batch, 6, width)
+  y = jax.vmap(sparse.propagate, (None, 0))(sparse.from_scipy(a), x)
+  np.testing.assert_allclose(y, a.toarray() @ x, rtol=1e-5, atol=1e-6)
+
+
 def test_trailing_axes_and_dtypes():
   op, x = sparse.from_scipy(matrix(8, 6)), random(6, 2, 3)
   y = sparse.propagate(op, x)
