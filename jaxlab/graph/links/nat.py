@@ -1,0 +1,669 @@
+"""NAT: link prediction on a stream of edges from small dictionaries of neighbours that each node keeps up to date.
+
+A node owns a slot for itself and M_k slots for hop k = 1, 2. A slot holds a neighbour's id (the key), when and by which
+edge it was last met, and a tiny vector; key a of hop k lives in slot hash_k(a), so joining the dictionaries of two
+nodes finds common neighbours without a search. With the slots of u and v refreshed and grouped by key a,
+
+    rep'(slot)  = GRU(L_n [self(a); edge; cos(t w + phi)], rep)
+    self'(u)    = GRU(L_s [self(partner); edge; cos(t w + phi)], self(u)), of u's latest event
+    x_a         = sum of [node(a); rep'] over slots with key a
+    code_a      = which of the 2 x 3 dictionaries hold a, 6 bits
+    agg         = mean over heads of sum_a W [x_a; Emb(code_a)] + b
+    logit(u, v) = MLP [agg; self'(u); self'(v)]
+
+Then the batch's events (u, v, t) are written: u becomes a key of v at hop 1 and the other way round, and all hop-1
+slots of either are offered to hop 2 of the other. An offer always takes a free slot or one with the same key; another
+key it replaces with probability alpha. Cost and memory of an event do not depend on the stream's length.
+
+Luo and Li, "Neighborhood-aware Scalable Temporal Network Representation Learning", LoG 2022, arXiv:2209.01084; code
+`Graph-COM/Neighborhood-Aware-Temporal-Network`. Symbols: M_k is `slots`, F `self_dim` (72), f `slot_dim` (4), D_t
+`time_dim`, P `position_dim`, alpha `replace_prob`, the N-caches are `Memory.slots`. The state is a pytree, every
+function is pure, and a batch reads the state that the batch before it wrote; gradients do not cross batches.
+
+Differs from the paper: keys are summed, not attended to, as in the official code, where the attention weights are
+computed but never used (`aggregation="attention"` uses them); the hash is the code's. Differs from the official code:
+ids are integers, not float32; unused weights are left out (186,297 of 404,308 for Wikipedia); vectors of empty slots
+are 0, not random (they are never read); with alpha = 0 free slots still fill; dropout and replacement draw anew in each
+epoch; after training the best epoch is taken even if no early stop occurred.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jaxlab import interop
+from jaxlab.data.temporal import Batches
+from jaxlab.graph import evaluation, layers
+from jaxlab.train.learner import Learner
+
+
+class Slots(NamedTuple):
+  """Dictionary entries, S = 1 + M_1 + M_2 of each node, hops side by side. A slot with key 0 is empty.
+
+  Attributes:
+    key: node id int32.
+    edge: edge id int32 of the latest event between the key and its hop-1 neighbour.
+    time: of that event, float32.
+    rep: float32 vector [f].
+  """
+
+  key: Int[Array, "*n s"]
+  edge: Int[Array, "*n s"]
+  time: Float[Array, "*n s"]
+  rep: Float[Array, "*n s f"]
+
+
+class Latest(NamedTuple):
+  """A node's latest event, not yet in its `self_rep`: updates are applied when the node is next touched."""
+
+  partner: Int[Array, " n1"]
+  edge: Int[Array, " n1"]
+  time: Float[Array, " n1"]
+
+
+class Memory(NamedTuple):
+  """The state of a stream over nodes 1 to N; row 0 is nobody's and stays as it is.
+
+  Attributes:
+    slots: arrays [N + 1, S, ...].
+    self_rep: [N + 1, F] float32.
+    latest: arrays [N + 1].
+    hash_seed: s of hash_k(a) = (a s + a^2 (s + 1)) mod M_k. With s = M_k - 1 that is -a, without collisions if M_k > N.
+  """
+
+  slots: Slots
+  self_rep: Float[Array, "n1 F"]
+  latest: Latest
+  hash_seed: Int[Array, ""]
+
+
+class Tables(NamedTuple):
+  """Frozen features; row 0 of each is zero."""
+
+  node: Float[Array, "n1 dn"]
+  edge: Float[Array, "e1 de"]
+
+
+class Read(NamedTuple):
+  """What a batch of B events read and refreshed, for `update`. Rows are senders, then receivers, then negatives."""
+
+  ids: Int[Array, " b3"]
+  slots: Slots  # as stored, [3B, S, ...]
+  rep: Float[Array, "b3 s f"]  # refreshed, float32
+  self_rep: Float[Array, "b3 F"]  # refreshed, float32
+
+
+class GRU(nn.Module):
+  """Gated recurrent cell with two biases, as `torch.nn.GRUCell`: the reset gate acts after the hidden bias."""
+
+  features: int
+  dtype: jax.typing.DTypeLike = "float32"
+  param_dtype: jax.typing.DTypeLike = "float32"
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*b i"], hidden: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
+    """The next hidden state."""
+
+    def gates(name, x):
+      width, bound = 3 * self.features, layers.torch_bias(self.features)
+      kernel = self.param(f"{name}_kernel", bound, (x.shape[-1], width), self.param_dtype)
+      bias = self.param(f"{name}_bias", bound, (width,), self.param_dtype)
+      y = x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+      return jnp.split(y, 3, axis=-1)
+
+    (r, z, n), (r_h, z_h, n_h) = gates("input", x), gates("hidden", hidden)
+    z = nn.sigmoid(z + z_h)
+    return (1 - z) * jnp.tanh(n + nn.sigmoid(r + r_h) * n_h) + z * hidden.astype(self.dtype)
+
+
+class TimeCode(nn.Module):
+  """cos(t w + phi) of absolute time, float32, with w_i = 10^(-linspace(0, 9, D_t)) at first."""
+
+  features: int
+  param_dtype: jax.typing.DTypeLike = "float32"
+
+  @nn.compact
+  def __call__(self, time: Float[Array, "*b"]) -> Float[Array, "*b features"]:
+    """[...] -> [..., D_t]."""
+    spread = lambda _, shape, dtype: jnp.asarray(10.0 ** -np.linspace(0, 9, *shape), dtype)  # noqa: E731
+    w = self.param("frequency", spread, (self.features,), self.param_dtype)
+    phi = self.param("phase", nn.initializers.zeros, (self.features,), self.param_dtype)
+    return jnp.cos(time[..., None] * w.astype("float32") + phi.astype("float32"))
+
+
+class NAT(nn.Module):
+  """Scores the events of a batch against as many negatives.
+
+  Attributes:
+    slots: (M_1, M_2), (M_1,) or (), for two, one and no hops.
+    self_dim: F, width of a node's own representation.
+    slot_dim: f, width of a slot's.
+    time_dim: D_t.
+    position_dim: P, width of the embedding of the 6 bits.
+    num_heads: H.
+    dropout: rate in training, before and after the aggregation's projection.
+    replace_prob: alpha, with which a new key takes the slot of another.
+    aggregation: "sum" over keys as the official code, or "attention" over them as the paper.
+    dtype: compute dtype; the memory and sums over keys stay float32.
+    param_dtype: parameter dtype.
+  """
+
+  slots: tuple[int, ...] = (32, 16)
+  self_dim: int = 72
+  slot_dim: int = 4
+  time_dim: int = 1
+  position_dim: int = 16
+  num_heads: int = 2
+  dropout: float = 0.1
+  replace_prob: float = 0.9
+  aggregation: Literal["sum", "attention"] = "sum"
+  dtype: jax.typing.DTypeLike = "float32"
+  param_dtype: jax.typing.DTypeLike = "float32"
+
+  @property
+  def sizes(self) -> tuple[int, ...]:
+    """(1, M_1, M_2)."""
+    return (1, *self.slots)
+
+  @nn.compact
+  def __call__(
+    self, memory: Memory, tables: Tables, events: Batches, *, train: bool = False
+  ) -> tuple[Float[Array, "2 b"], Read]:
+    """Reads the memory, which `update` changes afterwards.
+
+    Args:
+      memory: from `reset` or `update`.
+      tables: features of nodes and edges.
+      events: arrays [B]; rows of zeros are padding. Edge ids and times are not read here: a score must not see them.
+      train: draws dropout (stream "dropout").
+
+    Returns:
+      Logits in `dtype` of the events and of their negatives, [2, B], and what `update` needs.
+
+    Raises:
+      ValueError: while tracing, if an attribute is out of range or arrays do not fit.
+    """
+    self._check(memory, tables, events)
+    memory, tables, events = jax.tree.map(jnp.asarray, (memory, tables, events))
+    ids = jnp.concatenate([events.senders, events.receivers, events.negatives])
+    time_code = TimeCode(self.time_dim, self.param_dtype, name="time_code")
+
+    def message(width, name, node, edge, time):
+      x = [memory.self_rep[node], tables.edge[edge], time_code(time)]
+      x = jnp.concatenate([part.astype(self.dtype) for part in x], -1)
+      return layers.Linear(width, False, "torch", self.dtype, self.param_dtype, name=f"{name}_linear")(x)
+
+    def gru(width, name):
+      return GRU(width, self.dtype, self.param_dtype, name=f"{name}_gru")
+
+    stored = jax.tree.map(lambda a: a[ids], memory.slots)
+    stored = stored._replace(key=stored.key.at[:, 0].set(ids))
+    x = message(self.slot_dim, "slot", stored.key, stored.edge, stored.time)
+    rep = jnp.where(stored.time[..., None] != 0, gru(self.slot_dim, "slot")(x, stored.rep), 0)
+
+    # A node without events is refreshed too: with self(0) = 0, no edge and time 0.
+    x = message(self.self_dim, "self", *jax.tree.map(lambda a: a[ids], memory.latest))
+    self_rep = gru(self.self_dim, "self")(x, memory.self_rep[ids])
+
+    aggregated = Aggregation(self.sizes, *self._aggregation(), name="aggregation")(
+      stored.key, rep, tables.node, train=train
+    )
+    sender, receiver, negative = jnp.split(self_rep, 3)
+    pair = jnp.concatenate(
+      [aggregated, jnp.concatenate([sender, sender]), jnp.concatenate([receiver, negative])], axis=-1
+    )
+    hidden = nn.relu(_head(pair.shape[-1], pair.shape[-1], self, "hidden_layer")(pair))
+    logits = _head(1, pair.shape[-1], self, "output_layer")(hidden)
+    read = jax.lax.stop_gradient(Read(ids, stored, rep.astype("float32"), self_rep.astype("float32")))
+    return logits.reshape(2, -1), read
+
+  def _aggregation(self):
+    return self.position_dim, self.num_heads, self.dropout, self.aggregation, self.dtype, self.param_dtype
+
+  def _check(self, memory, tables, events):
+    _check_model(self)
+    nodes, slots, width = memory.slots.rep.shape[-3:]
+    if (slots, width) != (sum(self.sizes), self.slot_dim):
+      raise ValueError(
+        f"memory: got {slots} slots of width {width}, expected {sum(self.sizes)} of width {self.slot_dim}"
+      )
+    if memory.self_rep.shape != (nodes, self.self_dim):
+      raise ValueError(f"memory: got self_rep of shape {memory.self_rep.shape}, expected {(nodes, self.self_dim)}")
+    if tables.node.ndim != 2 or len(tables.node) != nodes or tables.edge.ndim != 2:
+      raise ValueError(
+        f"tables: got node {tables.node.shape} and edge {tables.edge.shape}, expected [{nodes}, D_n] and [E + 1, D_e]"
+      )
+    shapes = {np.shape(a) for a in events}
+    if len(shapes) != 1 or len(next(iter(shapes))) != 1:
+      raise ValueError(f"events: got shapes {sorted(shapes)}, expected one batch, arrays [B]")
+    if any(a.dtype.kind not in "iu" for a in events[:4]):
+      raise ValueError("events: got ids that are not integers, expected int32")
+
+
+class Aggregation(nn.Module):
+  """Joins the slots of both ends of each pair by key and sums over keys; attributes as those of `NAT`."""
+
+  sizes: tuple[int, ...]
+  position_dim: int
+  num_heads: int
+  dropout: float
+  aggregation: str
+  dtype: jax.typing.DTypeLike
+  param_dtype: jax.typing.DTypeLike
+
+  @nn.compact
+  def __call__(
+    self,
+    key: Int[Array, "b3 s"],
+    rep: Float[Array, "b3 s f"],
+    nodes: Float[Array, "n1 dn"],
+    *,
+    train: bool,
+  ) -> Float[Array, "b2 dn"]:
+    """Of the pairs (sender, receiver), then (sender, negative)."""
+    width = nodes.shape[-1]
+    both = lambda a: jnp.concatenate([_twice(a[: len(a) // 3]), a[len(a) // 3 :]], axis=1)  # noqa: E731
+    key, rep = both(key), both(rep)
+    bits, first, same = join(key, self.sizes)
+    embedding = self.param("position", nn.initializers.normal(1.0), (64, self.position_dim), self.param_dtype)
+    joined = jnp.einsum("pij,pjd->pid", same, jnp.concatenate([nodes[key], rep.astype("float32")], -1))
+    row = jnp.concatenate([joined, jnp.asarray(embedding, "float32")[bits]], -1) * first[..., None]
+
+    shape = (row.shape[-1], self.num_heads * width)
+    kernel = self.param("kernel", nn.initializers.glorot_uniform(), shape, self.param_dtype)
+    bias = self.param("bias", nn.initializers.zeros, (width,), self.param_dtype)
+    h = jnp.asarray(layers.Dropout(self.dropout)(row.astype(self.dtype), train=train)) @ kernel.astype(self.dtype)
+    h = jnp.asarray(layers.Dropout(self.dropout)(h, train=train), "float32")
+    h = h.reshape(*key.shape, self.num_heads, width)
+    if self.aggregation == "attention":
+      glorot = nn.initializers.glorot_uniform(in_axis=-2, out_axis=-1)
+      scores = [
+        (h * self.param(name, glorot, (self.num_heads, width), self.param_dtype).astype("float32")).sum(-1)
+        for name in ("attention_source", "attention_target")
+      ]
+      score = nn.leaky_relu(scores[0] + scores[1], 0.2)
+      h = h * jax.nn.softmax(score, axis=1, where=first[..., None])[..., None]
+    return (h.sum(axis=1).mean(axis=1) + bias.astype("float32")).astype(self.dtype)
+
+
+def join(
+  key: Int[Array, "p s2"], sizes: tuple[int, ...]
+) -> tuple[Int[Array, "p s2"], Bool[Array, "p s2"], Float[Array, "p s2 s2"]]:
+  """Which dictionaries of a pair hold each key.
+
+  Args:
+    key: slots of the one end, then of the other, each of S = sum(sizes); 0 is empty.
+    sizes: slots of each hop.
+
+  Returns:
+    bits: for each slot the union of 2^k over hops k of the first end and 8 * 2^k of the second that hold its key.
+    first: whether a slot is the first of its key, so that each key counts once.
+    same: whether two slots hold the same key, as float32.
+  """
+  code = np.repeat(2 ** np.arange(len(sizes)), sizes)
+  code = np.concatenate([code, 8 * code]).astype("int32")
+  same = (key[:, :, None] == key[:, None, :]) & (key != 0)[:, :, None]
+  first = (key != 0) & ~jnp.any(same & np.tri(key.shape[1], k=-1, dtype=bool), axis=-1)
+  return jnp.sum(jnp.where(same, code, 0), axis=-1), first, same.astype("float32")
+
+
+def _twice(a):
+  return jnp.concatenate([a, a])
+
+
+def _head(features, fan_in, model, name):
+  xavier, bias = nn.initializers.xavier_normal(), layers.torch_bias(fan_in)
+  return nn.Dense(features, True, model.dtype, model.param_dtype, kernel_init=xavier, bias_init=bias, name=name)
+
+
+# --------------------------------------------------------------------------------------------------------- the memory
+
+
+def reset(model: NAT, num_nodes: int, hash_seed: int | Int[Array, ""] = 0) -> Memory:
+  """The memory before the first event.
+
+  Args:
+    model: gives the sizes.
+    num_nodes: N.
+    hash_seed: s, drawn once a run from 0 to 99 and kept.
+
+  Raises:
+    ValueError: an attribute of the model is out of range, or there are no nodes.
+  """
+  _check_model(model)
+  if num_nodes < 1:
+    raise ValueError(f"num_nodes: got {num_nodes}, expected at least 1")
+  n, s = num_nodes + 1, sum(model.sizes)
+  # Hop 0 always holds the node itself.
+  key = jnp.zeros((n, s), "int32").at[:, 0].set(jnp.arange(n))
+  slots = Slots(key, jnp.zeros((n, s), "int32"), jnp.zeros((n, s)), jnp.zeros((n, s, model.slot_dim)))
+  latest = Latest(jnp.zeros(n, "int32"), jnp.zeros(n, "int32"), jnp.zeros(n))
+  return Memory(slots, jnp.zeros((n, model.self_dim)), latest, jnp.asarray(hash_seed, "int32"))
+
+
+def slot_of(key: Int[Array, "*k"], hash_seed: Int[Array, ""], size: int) -> Int[Array, "*k"]:
+  """hash_k(a) = (a s + a^2 (s + 1)) mod M_k, exact for every int32 key: nothing exceeds M_k^3."""
+  a, s = key % size, hash_seed % size
+  return (a * s + a * a * ((s + 1) % size)) % size
+
+
+def update(model: NAT, memory: Memory, events: Batches, read: Read, key: Key[Array, ""]) -> Memory:
+  """Writes a batch of events. Rows count in order, all senders before all receivers: of several writes the last wins.
+
+  Args:
+    model: gives sizes and alpha.
+    memory: which the batch was scored on.
+    events: arrays [B]; rows with sender 0 write nothing.
+    read: from the model's call on these arguments.
+    key: decides which keys are replaced.
+
+  Returns:
+    The memory that the next batch reads.
+  """
+  rows = 2 * len(events.senders)
+  own, row = read.ids[:rows], jnp.arange(rows)
+  other = lambda a: jnp.roll(a, rows // 2, axis=0)  # noqa: E731  # of the other end of each event
+  # All rows of a node stand behind its last one; a table of the batch's nodes is small however many nodes there are.
+  last = jnp.max(jnp.where(own[:, None] == own[None, :], row, -1), axis=1)
+  stored, refreshed = jax.tree.map(lambda a: a[:rows], (read.slots, read.rep))
+  edge, time = jnp.tile(events.edges, 2), jnp.tile(events.times, 2)
+
+  def part(slots: Slots, hop: int) -> Slots:
+    start = sum(model.sizes[:hop])
+    return jax.tree.map(lambda a: a[:, start : start + model.sizes[hop]], slots)
+
+  hops = []
+  for hop, (size, hop_key) in enumerate(zip(model.sizes, jax.random.split(key, len(model.sizes)), strict=True)):
+    if hop == 0:
+      at, offered = last, Slots(own, edge, time, refreshed[:, 0])
+    elif hop == 1:
+      mine = part(stored._replace(rep=refreshed), 1)
+      slot = slot_of(other(own), memory.hash_seed, size)
+      known = mine.key[row, slot] == other(own)
+      at, offered = last, Slots(other(own), edge, time, mine.rep[row, slot] * known[:, None])
+    else:
+      offers = part(stored._replace(rep=refreshed), 1)
+      at = jnp.repeat(other(last), model.sizes[1])
+      offered = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), offers)
+    hops.append(_insert(part(stored, hop), at, offered, memory.hash_seed, model.replace_prob, hop_key))
+  written = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *hops)
+
+  nobody = len(memory.self_rep)  # out of range: dropped
+  at = jnp.where((row == last) & (own != 0), own, nobody)
+  put = lambda old, new: old.at[at].set(new, mode="drop")  # noqa: E731
+  slots, self_rep, latest = jax.tree.map(
+    put,
+    (memory.slots, memory.self_rep, memory.latest),
+    (written, read.self_rep[:rows], Latest(other(own), edge, time)),
+  )
+  return Memory(slots, self_rep, latest, memory.hash_seed)
+
+
+def _insert(
+  stored: Slots, at: Int[Array, " r"], offered: Slots, hash_seed: Array, replace_prob: float, key: Array
+) -> Slots:
+  """Offers entries [R] to the dictionaries `stored` [2B, M], each to the one in row `at`, in order."""
+  size = stored.key.shape[1]
+  slot = slot_of(offered.key, hash_seed, size)
+  held = stored.key[at, slot]
+  occupied = (held != 0) & (held != offered.key)
+  accepted = (offered.key != 0) & (~occupied | (jax.random.uniform(key, held.shape) < replace_prob))
+  row = jnp.where(accepted, jnp.arange(len(held)), -1)
+  newest = jnp.full(stored.key.shape, -1).at[at, slot].max(row)  # the last accepted offer of each slot
+
+  def chosen(old, new):
+    wins = (newest >= 0).reshape(newest.shape + (1,) * (old.ndim - 2))
+    return jnp.where(wins, new[newest], old)
+
+  return jax.tree.map(chosen, stored, offered)
+
+
+# ------------------------------------------------------------------------------------------------------------ streams
+
+
+def stream(
+  model: NAT, params: Any, memory: Memory, tables: Tables, batches: Batches, key: Key[Array, ""]
+) -> tuple[Memory, Float[Array, "c 2 b"]]:
+  """Scores and writes batch after batch, in evaluation mode: what a deployed model does.
+
+  Args:
+    model: as given to `reset`.
+    params: weights.
+    memory: at the start.
+    tables: features.
+    batches: arrays [C, B].
+    key: of replacements.
+
+  Returns:
+    The memory at the end, and logits of events and negatives.
+  """
+
+  def step(memory, x):
+    events, key = x
+    logits, read = model.apply({"params": params}, memory, tables, events)
+    return update(model, memory, events, read, key), logits
+
+  return jax.lax.scan(step, memory, (batches, jax.random.split(key, len(batches.senders))))
+
+
+class Training(NamedTuple):
+  """What training changes from batch to batch."""
+
+  params: Any
+  moments: optax.OptState
+  memory: Memory
+
+
+def train_step(
+  model: NAT, tx: optax.GradientTransformation, state: Training, tables: Tables, events: Batches, key: Key[Array, ""]
+) -> tuple[Training, Float[Array, ""]]:
+  """One update of the weights and of the memory on a batch, arrays [B] with at least one event.
+
+  The loss is the mean over events of -log p(event) - log(1 - p(negative)).
+  """
+  dropout, replace = jax.random.split(key)
+  weight = (events.senders != 0).astype("float32")
+
+  def objective(params):
+    logits, read = model.apply({"params": params}, state.memory, tables, events, train=True, rngs={"dropout": dropout})
+    positive, negative = logits.astype("float32")
+    each = nn.softplus(-positive) + nn.softplus(negative)
+    return jnp.sum(each * weight) / jnp.sum(weight), read
+
+  (loss, read), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+  updates, moments = tx.update(grads, state.moments, state.params)
+  memory = update(model, state.memory, events, read, replace)
+  return Training(optax.apply_updates(state.params, updates), moments, memory), loss
+
+
+def batch_average_precision(logits: Float[Array, "c 2 b"], batches: Batches) -> Float[Array, ""]:
+  """Mean over batches of the average precision within each: the published metric, noisier than the pooled one."""
+  scores = jnp.where(batches.senders[:, None] != 0, logits.astype("float32"), -jnp.inf)
+  positive = jnp.zeros(scores.shape, bool).at[:, 0].set(batches.senders != 0)
+  flat = lambda a: a.reshape(len(a), -1)  # noqa: E731
+  return jnp.mean(jax.vmap(evaluation.average_precision)(flat(scores), flat(positive)))
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+class Task(NamedTuple):
+  """What a run of training reads."""
+
+  tables: Tables
+  train: Batches
+  validation: Batches
+
+
+class Best(NamedTuple):
+  """The best epoch: its score, its weights, and the memory after its validation."""
+
+  average_precision: Float[Array, ""]
+  params: Any
+  memory: Memory
+
+
+class Run(NamedTuple):
+  """State of a run. `waited` epochs have not improved on the best."""
+
+  params: Any
+  moments: optax.OptState
+  key: Key[Array, ""]
+  hash_seed: Int[Array, ""]
+  epoch: Int[Array, ""]
+  waited: Int[Array, ""]
+  best: Best
+
+
+def learner(model: NAT, tx: optax.GradientTransformation, *, patience: int = 3, tolerance: float = 1e-3) -> Learner:
+  """Trains on a `Task`; a step is an epoch: forget, stream the training events, go on through the validation ones.
+
+  Args:
+    model: the network.
+    tx: the optimizer.
+    patience: epochs without improvement after which steps change nothing.
+    tolerance: relative gain in validation average precision (`batch_average_precision`) that is an improvement.
+
+  Returns:
+    A learner whose state is a `Run`.
+
+  Raises:
+    ValueError: patience below 1 or a negative tolerance.
+  """
+  if patience < 1:
+    raise ValueError(f"patience: got {patience}, expected at least 1")
+  if not tolerance >= 0:
+    raise ValueError(f"tolerance: got {tolerance}, expected at least 0")
+
+  def fresh(task, hash_seed):
+    return reset(model, len(task.tables.node) - 1, hash_seed)
+
+  def init(key, task):
+    key, params_key, hash_key = jax.random.split(key, 3)
+    hash_seed = jax.random.randint(hash_key, (), 0, 100)
+    memory = fresh(task, hash_seed)
+    first = jax.tree.map(lambda a: a[0], task.train)
+    params = model.init(params_key, memory, task.tables, first)["params"]
+    best = Best(jnp.asarray(-jnp.inf), params, memory)
+    return Run(params, tx.init(params), key, hash_seed, jnp.asarray(0), jnp.asarray(0), best)
+
+  def epoch(run, task):
+    train_key, validation_key = jax.random.split(jax.random.fold_in(run.key, run.epoch))
+
+    def step(state, x):
+      return train_step(model, tx, state, task.tables, *x)
+
+    keys = jax.random.split(train_key, len(task.train.senders))
+    start = Training(run.params, run.moments, fresh(task, run.hash_seed))
+    (params, moments, memory), losses = jax.lax.scan(step, start, (task.train, keys))
+    memory, logits = stream(model, params, memory, task.tables, task.validation, validation_key)
+    score = batch_average_precision(logits, task.validation)
+
+    gained = ~(score <= run.best.average_precision * (1 + tolerance))
+    best = jax.tree.map(lambda a, b: jnp.where(gained, a, b), Best(score, params, memory), run.best)
+    waited = jnp.where(gained, 0, run.waited + 1)
+    return Run(params, moments, run.key, run.hash_seed, run.epoch + 1, waited, best), jnp.mean(losses), score
+
+  def step(run, task):
+    stay = lambda run, task: (run, jnp.zeros(()), run.best.average_precision)  # noqa: E731
+    running = run.waited < patience
+    run, loss, score = jax.lax.cond(running, epoch, stay, run, task)
+    return run, {"loss": loss, "validation_ap": score, "running": running, **evaluate(run, task)}
+
+  def evaluate(run, task):
+    del task  # every epoch has been evaluated
+    return {"best_validation_ap": run.best.average_precision}
+
+  return Learner(init, step, evaluate)
+
+
+# -------------------------------------------------------------------------------------------------- published variants
+
+
+class Recipe(NamedTuple):
+  """How the published models are trained: Adam, early stop on validation average precision."""
+
+  batch_size: int = 64
+  learning_rate: float = 1e-4
+  epochs: int = 50
+  patience: int = 3
+
+
+# What the official README sets.
+RECIPES = {"wikipedia": Recipe(batch_size=100), "wiki_talk": Recipe()}
+
+
+def wikipedia(**changes: Any) -> NAT:
+  """Wikipedia, 172 features of nodes and edges. Parameters 218,011."""
+  published: dict[str, Any] = {"slots": (32, 16), "num_heads": 2, "replace_prob": 0.7}
+  return NAT(**published | changes)
+
+
+def wiki_talk(**changes: Any) -> NAT:
+  """Wiki-talk, inductive: one hop, one head; one zero feature each."""
+  published: dict[str, Any] = {"slots": (16,), "num_heads": 1, "replace_prob": 0.9}
+  return NAT(**published | changes)
+
+
+_TRANSPOSED: dict[str, Any] = {"to_flax": np.transpose, "to_torch": np.transpose}
+
+
+def _gru(name: str, torch_name: str) -> dict[str, interop.Rule]:
+  rules = {}
+  for side, letters in (("input", "ih"), ("hidden", "hh")):
+    rules[f"params/{name}/{side}_kernel"] = interop.raw(f"{torch_name}.weight_{letters}", **_TRANSPOSED)
+    rules[f"params/{name}/{side}_bias"] = interop.raw(f"{torch_name}.bias_{letters}")
+  return rules
+
+
+_WEIGHTS = {
+  "params/time_code/frequency": interop.raw("time_encoder.basis_freq"),
+  "params/time_code/phase": interop.raw("time_encoder.phase"),
+  "params/self_linear": interop.dense("self_rep_linear", bias=False),
+  "params/slot_linear": interop.dense("ngh_rep_linear", bias=False),
+  **_gru("self_gru", "self_aggregator.gru"),
+  **_gru("slot_gru", "ngh_aggregator.gru"),
+  "params/aggregation/position": interop.raw("trainable_embedding.weight"),
+  "params/aggregation/kernel": interop.raw("gat.gat_net.0.linear_proj.weight", **_TRANSPOSED),
+  "params/aggregation/bias": interop.raw("gat.gat_net.0.bias"),
+  "params/hidden_layer": interop.dense("out_layer.fc1"),
+  "params/output_layer": interop.dense("out_layer.fc2"),
+}
+_ATTENTION = {
+  f"params/aggregation/attention_{end}": interop.raw(
+    f"gat.gat_net.0.scoring_fn_{end}", to_flax=lambda a: a.reshape(a.shape[1:]), to_torch=lambda a: a[None]
+  )
+  for end in ("source", "target")
+}
+
+
+def from_torch(state_dict: dict[str, Any], aggregation: Literal["sum", "attention"] = "sum") -> dict[str, Any]:
+  """Official weights (`NAT.state_dict()`) as flax variables. Feature tables and weights of no effect are left out.
+
+  Raises:
+    ValueError: listing every missing, unused or misshaped tensor.
+  """
+  ignore = ["n_feat_th", "e_feat_th", "*_raw_embed.weight", "affinity_score.*", "gat.gat_net.0.skip_proj.weight"]
+  attention = aggregation == "attention"
+  if not attention:
+    ignore.append("gat.gat_net.0.scoring_fn_*")
+  return interop.variables(state_dict, _WEIGHTS | (_ATTENTION if attention else {}), ignore=ignore)
+
+
+def _check_model(model: NAT) -> None:
+  if len(model.slots) > 2 or not all(1 <= size <= 1024 for size in model.slots):
+    raise ValueError(f"slots: got {model.slots}, expected at most two hops of 1 to 1024 slots")
+  for name in ("self_dim", "slot_dim", "time_dim", "position_dim", "num_heads"):
+    if getattr(model, name) < 1:
+      raise ValueError(f"{name}: got {getattr(model, name)}, expected at least 1")
+  if not 0 <= model.dropout < 1:
+    raise ValueError(f"dropout: got {model.dropout}, expected a rate in [0, 1)")
+  if not 0 <= model.replace_prob <= 1:
+    raise ValueError(f"replace_prob: got {model.replace_prob}, expected a probability")
+  if model.aggregation not in ("sum", "attention"):
+    raise ValueError(f"aggregation: got {model.aggregation!r}, expected 'sum' or 'attention'")
