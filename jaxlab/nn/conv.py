@@ -296,10 +296,7 @@ class StridedConv(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j o"]:
     """Images to images, in `dtype`."""
-    shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
-    kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
-    bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype) if self.use_bias else None
-    x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+    x, kernel, bias = _promoted(self, x, (self.kernel_size, self.kernel_size, x.shape[-1], self.features))
     return strided(x, kernel, bias, stride=self.stride, padding=self.padding)
 
 
@@ -325,10 +322,7 @@ class DepthwiseConv(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "*b h w c"]) -> Float[Array, "*b i j c"]:
     """Images to images, in `dtype`."""
-    k, c = self.kernel_size, x.shape[-1]
-    kernel = self.param("kernel", self.kernel_init, (k, k, 1, c), self.param_dtype)
-    bias = self.param("bias", nn.initializers.zeros, (c,), self.param_dtype) if self.use_bias else None
-    x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+    x, kernel, bias = _promoted(self, x, (self.kernel_size, self.kernel_size, 1, x.shape[-1]))
     return depthwise(x, kernel, bias, stride=self.stride)
 
 
@@ -358,8 +352,12 @@ class GroupedPointwiseConv(nn.Module):
       raise ValueError(
         f"groups: got {self.groups}, expected a divisor of {x.shape[-1]} channels and {self.features} features"
       )
-    shape = (1, 1, x.shape[-1] // self.groups, self.features)
-    kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
-    bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype) if self.use_bias else None
-    x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+    x, kernel, bias = _promoted(self, x, (1, 1, x.shape[-1] // self.groups, self.features))
     return grouped_pointwise(x, kernel, bias)
+
+
+def _promoted(module, x, shape):
+  """Images, the kernel of a layer and its bias if it has one, in the layer's compute dtype."""
+  kernel = module.param("kernel", module.kernel_init, shape, module.param_dtype)
+  bias = module.param("bias", nn.initializers.zeros, shape[-1:], module.param_dtype) if module.use_bias else None
+  return nn.dtypes.promote_dtype(x, kernel, bias, dtype=module.dtype)
