@@ -1,13 +1,8 @@
-import functools
 
 import golden_rule
-import jax
-import jax.numpy as jnp
-import networkx as nx
 import numpy as np
-import pytest
 
-from jaxlab.graph import common_neighbors, sparse, structure
+from jaxlab.graph import common_neighbors, structure
 from jaxlab.graph.links import neural_common_neighbor as ncn
 
 H = 8
