@@ -186,6 +186,34 @@ class GATConv(nn.Module):
     return y + _bias(self, y.shape[-1]) if self.use_bias else y
 
 
+class GCN2Conv(nn.Module):
+  """Convolution of GCNII, Chen et al., ICML 2020, arXiv:2007.02133, equation 5.
+
+      s = (1 - alpha) A x + alpha x_0,    y = (1 - strength) s + strength s W
+
+  The network takes strength = log(theta / layer + 1), layer from 1.
+
+  Attributes:
+    alpha: share of the first layer's output.
+    dtype, param_dtype: as `Linear`; W as torch initialises it.
+  """
+
+  alpha: float = 0.1
+  dtype: jax.typing.DTypeLike = "float32"
+  param_dtype: jax.typing.DTypeLike = "float32"
+
+  @nn.compact
+  def __call__(
+    self, graph: Graph, x: Float[Array, "n f"], initial: Float[Array, "n f"], strength: float | Float[Array, ""]
+  ) -> Float[Array, "n f"]:
+    """[N, F], the first layer's [N, F] -> [N, F]."""
+    x = jnp.asarray(x, self.dtype)
+    s = (1 - self.alpha) * sparse.propagate(as_operator(graph, x), x) + self.alpha * jnp.asarray(initial, self.dtype)
+    mapped = Linear(x.shape[-1], False, "torch", self.dtype, self.param_dtype, name="linear")(s)
+    strength = jnp.asarray(strength, self.dtype)
+    return (1 - strength) * s + strength * mapped
+
+
 class GINConv(nn.Module):
   """Graph isomorphism layer, Xu et al., ICLR 2019, arXiv:1810.00826, equation 4.1.
 
