@@ -3,11 +3,11 @@
 NumPy throughout; every function of a seed gives the same graph on every machine.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import scipy.sparse
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from jaxlab.data import checks, node
 from jaxlab.data.node import NodeDataset
@@ -148,6 +148,40 @@ def barabasi_albert(num_nodes: int, attachments: int, *, seed: int = 0) -> Edges
     end[open_edges] = picked[end[open_edges] // 2]
     open_edges = open_edges[end[open_edges] % 2 == 1]
   return node.undirected(np.arange(count) // attachments, end // 2 // attachments, num_nodes)
+
+
+def stochastic_blocks(sizes: Sequence[int], probabilities: Float[np.ndarray, "b b"], *, seed: int = 0) -> Edges:
+  """Host. The stochastic block model: nodes in blocks, every edge independent, its probability set by the ends' blocks.
+
+  Args:
+    sizes: of the blocks; nodes are numbered block by block.
+    probabilities: [B, B], symmetric.
+    seed: of the graph.
+
+  Returns:
+    (senders, receivers) int32 of both directions, sorted by receiver, then sender.
+
+  Raises:
+    ValueError: probabilities of another shape, out of range or not symmetric.
+  """
+  p = np.asarray(probabilities, float)
+  if p.shape != (len(sizes), len(sizes)) or not ((p >= 0) & (p <= 1)).all() or (p != p.T).any():
+    raise ValueError(f"probabilities: got {p}, expected a symmetric {len(sizes)} x {len(sizes)} matrix in [0, 1]")
+  starts = np.cumsum([0, *(checks.count("sizes", size, 1) for size in sizes)])
+  rng = np.random.default_rng(checks.count("seed", seed, 0))
+  low, high = [], []
+  for a, b in zip(*np.triu_indices(len(sizes)), strict=True):
+    n, m = sizes[int(a)], sizes[int(b)]
+    pairs = n * (n - 1) // 2 if a == b else n * m
+    chosen = rng.choice(pairs, rng.binomial(pairs, p[a, b]), replace=False, shuffle=False)
+    if a == b:  # pair number j (j - 1) / 2 + i for i < j
+      column = ((1 + np.sqrt(1 + 8 * chosen)) / 2).astype(np.int64)
+      row = chosen - column * (column - 1) // 2
+    else:
+      row, column = chosen // m, chosen % m
+    low.append(starts[a] + row)
+    high.append(starts[b] + column)
+  return node.undirected(np.concatenate(low), np.concatenate(high), int(starts[-1]))
 
 
 def _inverse(cumulative: np.ndarray, at: np.ndarray) -> np.ndarray:

@@ -86,3 +86,21 @@ def test_early_nodes_are_the_hubs_and_later_ones_attach_backwards():
   assert degrees[:50].mean() > 10 * degrees[-2500:].mean()
   # Each node brings at most 3 edges to nodes before it.
   assert np.bincount(receivers[senders < receivers]).max() <= 3
+
+
+def test_stochastic_blocks_have_their_densities():
+  sizes, p = (300, 500, 200), np.array([[0.1, 0.01, 0.0], [0.01, 0.05, 0.02], [0.0, 0.02, 1.0]])
+  senders, receivers = synthetic.stochastic_blocks(sizes, p, seed=1)
+  block = np.repeat(np.arange(3), sizes)
+  counts = np.zeros((3, 3))
+  np.add.at(counts, (block[senders], block[receivers]), 1)
+  pairs = np.outer(sizes, sizes) - np.diag(sizes)
+  np.testing.assert_allclose(counts / pairs, p, atol=5 * 0.5 / np.sqrt(pairs.min()))
+  np.testing.assert_allclose(counts, counts.T)
+  assert counts[2, 2] == 200 * 199 and counts[0, 2] == 0 and (senders != receivers).all()
+  degree = np.bincount(receivers, minlength=1000)[:300]  # uniform within a block
+  assert abs(np.corrcoef(degree, np.arange(300))[0, 1]) < 0.2
+  np.testing.assert_array_equal(senders, synthetic.stochastic_blocks(sizes, p, seed=1)[0])
+  for bad in (p[:2], p + 1, p + np.triu(np.full((3, 3), 1e-3), 1) * (p < 0.5)):
+    with pytest.raises(ValueError, match="^probabilities: got"):
+      synthetic.stochastic_blocks(sizes, bad)
