@@ -34,28 +34,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from jaxlab import interop
 from jaxlab.data.temporal import Batches
 from jaxlab.graph import evaluation, layers
+from jaxlab.graph.links._caches import Slots, insert, join, slot_of, sum_by_key
 from jaxlab.train.learner import Learner
-
-
-class Slots(NamedTuple):
-  """Dictionary entries, S = 1 + M_1 + M_2 of each node, hops side by side. A slot with key 0 is empty.
-
-  Attributes:
-    key: node id int32.
-    edge: edge id int32 of the latest event between the key and its hop-1 neighbour.
-    time: of that event, float32.
-    rep: float32 vector [f].
-  """
-
-  key: Int[Array, "*n s"]
-  edge: Int[Array, "*n s"]
-  time: Float[Array, "*n s"]
-  rep: Float[Array, "*n s f"]
 
 
 class Latest(NamedTuple):
@@ -194,9 +179,15 @@ class NAT(nn.Module):
     time_code = TimeCode(self.time_dim, self.param_dtype, name="time_code")
 
     def message(width, name, node, edge, time):
-      x = [memory.self_rep[node], tables.edge[edge], time_code(time)]
-      x = jnp.concatenate([part.astype(self.dtype) for part in x], -1)
-      return layers.Linear(width, False, "torch", self.dtype, self.param_dtype, name=f"{name}_linear")(x)
+      # W [self(node); edge; T(time)], one block of W at a time.
+      shape = (self.self_dim + tables.edge.shape[-1] + self.time_dim, width)
+      kernel = self.param(f"{name}_kernel", layers.torch_kernel, shape, self.param_dtype).astype(self.dtype)
+      blocks = jnp.split(kernel, [self.self_dim, self.self_dim + tables.edge.shape[-1]])
+      if len(memory.self_rep) <= node.size:  # every node once is less work than each that is asked for
+        y = (memory.self_rep.astype(self.dtype) @ blocks[0])[node]
+      else:
+        y = memory.self_rep[node].astype(self.dtype) @ blocks[0]
+      return y + tables.edge[edge].astype(self.dtype) @ blocks[1] + time_code(time).astype(self.dtype) @ blocks[2]
 
     def gru(width, name):
       return GRU(width, self.dtype, self.param_dtype, name=f"{name}_gru")
@@ -211,7 +202,7 @@ class NAT(nn.Module):
     self_rep = gru(self.self_dim, "self")(x, memory.self_rep[ids])
 
     aggregated = Aggregation(self.sizes, *self._aggregation(), name="aggregation")(
-      stored.key, rep, tables.node, train=train
+      stored.key, rep, tables.node, memory.hash_seed, train=train
     )
     sender, receiver, negative = jnp.split(self_rep, 3)
     pair = jnp.concatenate(
@@ -262,6 +253,7 @@ class Aggregation(nn.Module):
     key: Int[Array, "b3 s"],
     rep: Float[Array, "b3 s f"],
     nodes: Float[Array, "n1 dn"],
+    hash_seed: Int[Array, ""],
     *,
     train: bool,
   ) -> Float[Array, "b2 dn"]:
@@ -269,10 +261,13 @@ class Aggregation(nn.Module):
     width = nodes.shape[-1]
     both = lambda a: jnp.concatenate([_twice(a[: len(a) // 3]), a[len(a) // 3 :]], axis=1)  # noqa: E731
     key, rep = both(key), both(rep)
-    bits, first, same = join(key, self.sizes)
+    bits, place = join(key, self.sizes, hash_seed)
+    first = place == jnp.arange(place.shape[1])
     embedding = self.param("position", nn.initializers.normal(1.0), (64, self.position_dim), self.param_dtype)
-    joined = jnp.einsum("pij,pjd->pid", same, jnp.concatenate([nodes[key], rep.astype("float32")], -1))
-    row = jnp.concatenate([joined, jnp.asarray(embedding, "float32")[bits]], -1) * first[..., None]
+    # A key occurs at most once in a dictionary, so the bits count its slots.
+    node = nodes[key] * jax.lax.population_count(bits)[..., None]
+    parts = node, sum_by_key(rep.astype("float32"), place), jnp.asarray(embedding, "float32")[bits]
+    row = jnp.concatenate(parts, -1) * first[..., None]
 
     shape = (row.shape[-1], self.num_heads * width)
     kernel = self.param("kernel", nn.initializers.glorot_uniform(), shape, self.param_dtype)
@@ -289,27 +284,6 @@ class Aggregation(nn.Module):
       score = nn.leaky_relu(scores[0] + scores[1], 0.2)
       h = h * jax.nn.softmax(score, axis=1, where=first[..., None])[..., None]
     return (h.sum(axis=1).mean(axis=1) + bias.astype("float32")).astype(self.dtype)
-
-
-def join(
-  key: Int[Array, "p s2"], sizes: tuple[int, ...]
-) -> tuple[Int[Array, "p s2"], Bool[Array, "p s2"], Float[Array, "p s2 s2"]]:
-  """Which dictionaries of a pair hold each key.
-
-  Args:
-    key: slots of the one end, then of the other, each of S = sum(sizes); 0 is empty.
-    sizes: slots of each hop.
-
-  Returns:
-    bits: for each slot the union of 2^k over hops k of the first end and 8 * 2^k of the second that hold its key.
-    first: whether a slot is the first of its key, so that each key counts once.
-    same: whether two slots hold the same key, as float32.
-  """
-  code = np.repeat(2 ** np.arange(len(sizes)), sizes)
-  code = np.concatenate([code, 8 * code]).astype("int32")
-  same = (key[:, :, None] == key[:, None, :]) & (key != 0)[:, :, None]
-  first = (key != 0) & ~jnp.any(same & np.tri(key.shape[1], k=-1, dtype=bool), axis=-1)
-  return jnp.sum(jnp.where(same, code, 0), axis=-1), first, same.astype("float32")
 
 
 def _twice(a):
@@ -344,12 +318,6 @@ def reset(model: NAT, num_nodes: int, hash_seed: int | Int[Array, ""] = 0) -> Me
   slots = Slots(key, jnp.zeros((n, s), "int32"), jnp.zeros((n, s)), jnp.zeros((n, s, model.slot_dim)))
   latest = Latest(jnp.zeros(n, "int32"), jnp.zeros(n, "int32"), jnp.zeros(n))
   return Memory(slots, jnp.zeros((n, model.self_dim)), latest, jnp.asarray(hash_seed, "int32"))
-
-
-def slot_of(key: Int[Array, "*k"], hash_seed: Int[Array, ""], size: int) -> Int[Array, "*k"]:
-  """hash_k(a) = (a s + a^2 (s + 1)) mod M_k, exact for every int32 key: nothing exceeds M_k^3."""
-  a, s = key % size, hash_seed % size
-  return (a * s + a * a * ((s + 1) % size)) % size
 
 
 def update(model: NAT, memory: Memory, events: Batches, read: Read, key: Key[Array, ""]) -> Memory:
@@ -390,7 +358,7 @@ def update(model: NAT, memory: Memory, events: Batches, read: Read, key: Key[Arr
       offers = part(stored._replace(rep=refreshed), 1)
       at = jnp.repeat(other(last), model.sizes[1])
       offered = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), offers)
-    hops.append(_insert(part(stored, hop), at, offered, memory.hash_seed, model.replace_prob, hop_key))
+    hops.append(insert(part(stored, hop), at, offered, memory.hash_seed, model.replace_prob, hop_key))
   written = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *hops)
 
   nobody = len(memory.self_rep)  # out of range: dropped
@@ -402,25 +370,6 @@ def update(model: NAT, memory: Memory, events: Batches, read: Read, key: Key[Arr
     (written, read.self_rep[:rows], Latest(other(own), edge, time)),
   )
   return Memory(slots, self_rep, latest, memory.hash_seed)
-
-
-def _insert(
-  stored: Slots, at: Int[Array, " r"], offered: Slots, hash_seed: Array, replace_prob: float, key: Array
-) -> Slots:
-  """Offers entries [R] to the dictionaries `stored` [2B, M], each to the one in row `at`, in order."""
-  size = stored.key.shape[1]
-  slot = slot_of(offered.key, hash_seed, size)
-  held = stored.key[at, slot]
-  occupied = (held != 0) & (held != offered.key)
-  accepted = (offered.key != 0) & (~occupied | (jax.random.uniform(key, held.shape) < replace_prob))
-  row = jnp.where(accepted, jnp.arange(len(held)), -1)
-  newest = jnp.full(stored.key.shape, -1).at[at, slot].max(row)  # the last accepted offer of each slot
-
-  def chosen(old, new):
-    wins = (newest >= 0).reshape(newest.shape + (1,) * (old.ndim - 2))
-    return jnp.where(wins, new[newest], old)
-
-  return jax.tree.map(chosen, stored, offered)
 
 
 # ------------------------------------------------------------------------------------------------------------ streams
@@ -624,8 +573,8 @@ def _gru(name: str, torch_name: str) -> dict[str, interop.Rule]:
 _WEIGHTS = {
   "params/time_code/frequency": interop.raw("time_encoder.basis_freq"),
   "params/time_code/phase": interop.raw("time_encoder.phase"),
-  "params/self_linear": interop.dense("self_rep_linear", bias=False),
-  "params/slot_linear": interop.dense("ngh_rep_linear", bias=False),
+  "params/self_kernel": interop.raw("self_rep_linear.weight", **_TRANSPOSED),
+  "params/slot_kernel": interop.raw("ngh_rep_linear.weight", **_TRANSPOSED),
   **_gru("self_gru", "self_aggregator.gru"),
   **_gru("slot_gru", "ngh_aggregator.gru"),
   "params/aggregation/position": interop.raw("trainable_embedding.weight"),
