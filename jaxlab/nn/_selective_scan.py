@@ -1,0 +1,302 @@
+"""Host kernels of the selective scan: states stay in cache, vector lanes are channels, no tile grows with L.
+
+An item walks along one sequence with some of its channels. `forward` stores the state before every `CHUNK`-th step.
+`backward` goes through the chunks from the last to the first: from the stored state it computes the chunk's states
+again (`_recur`), then it follows the adjoint recurrence from the chunk's end to its start (`_adjoin`).
+
+The equations, for a channel with u, d (delta) and one state with A, B, C, where w = d, or (a - 1) / A for zero-order
+hold (zoh), and k = 0 where the step begins with h = 0 (`resets`), else 1:
+
+    forward:   a = exp(d A)         h' = k a h + w u B      y = sum_n C h'
+    adjoint:   m = l' + gy C        gC = gy h'              gB = m w u              gu = sum_n m w B
+               l = k a m            gA = l h d              gd = sum_n l h A + m u B
+               zoh:                 gA = l h d + m u B (d a - w) / A                gd = sum_n l h A + a m u B
+
+The two inner loops are written with LLVM vectors: no compiler proves that a dozen tiles do not overlap.
+"""
+
+import functools
+import math
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from jaxlab import kernels
+
+CHUNK = 32  # steps between stored states; the tiles of a chunk fit into the second-level cache
+LANES = 16  # channels in a vector
+_WORD = ir.IntType(64)
+
+
+def blocks(channels: int) -> int:
+  """Vectors that the channels of a group fill."""
+  return -(-channels // LANES)
+
+
+def chunks(length: int) -> int:
+  """Chunks of a sequence."""
+  return -(-length // CHUNK)
+
+
+def splits(batch: int, groups: int, channels: int) -> int:
+  """Shares of a group's channels, so that there are items enough for the cores; each has its own part of gB and gC."""
+  return min(blocks(channels), max(1, -(-16 // (batch * groups))))
+
+
+def scratch_bytes(vectors: int, states: int) -> int:
+  """What an item of `backward` with so many vectors of channels allocates besides XLA's buffers, whatever L is."""
+  return 4 * LANES * (4 * CHUNK + 1 + 3 * vectors) * states
+
+
+class _Lanes(kernels.Vectors):
+  """Arithmetic on vectors of `LANES` channels."""
+
+  def __init__(self, builder):
+    super().__init__(builder, LANES)
+
+  def constant(self, value):
+    return ir.Constant(self.type, [value] * LANES)
+
+  def mul(self, a, b):
+    return self.builder.fmul(a, b, flags=("contract",))
+
+  def scalar(self, address, index):
+    """Vector of copies of the float at an index."""
+    place = self.builder.add(address, self.builder.mul(index, _WORD(4)))
+    return self.splat(self.builder.load(self.builder.inttoptr(place, ir.FloatType().as_pointer())))
+
+  def _call(self, name, *arguments):
+    function = ir.FunctionType(self.type, [self.type] * len(arguments))
+    name = f"llvm.{name}.v{LANES}f32"
+    return self.builder.call(cgutils.get_or_insert_function(self.builder.module, function, name), arguments)
+
+  def exp2(self, x):
+    """2^x and 2^x - 1 to float32's precision, x clipped to [-126, 126]."""
+    x = self._call("minnum", self._call("maxnum", x, self.constant(-126.0)), self.constant(126.0))
+    whole = self._call("floor", self.builder.fadd(x, self.constant(0.5)))
+    f = self.builder.fsub(x, whole)
+    power = self.constant(math.log(2) ** 6 / 720)  # 2^f - 1 = sum_i (ln 2)^i / i! f^i, to 2e-7 for |f| <= 1/2
+    for i in range(5, 0, -1):
+      power = self.multiply_add(power, f, self.constant(math.log(2) ** i / math.factorial(i)))
+    power = self.mul(power, f)
+    integers = ir.VectorType(ir.IntType(32), LANES)
+    exponent = self.builder.add(self.builder.fptosi(whole, integers), ir.Constant(integers, [127] * LANES))
+    scale = self.builder.bitcast(self.builder.shl(exponent, ir.Constant(integers, [23] * LANES)), self.type)
+    less_one = self.builder.fsub(scale, self.constant(1.0))
+    return self.multiply_add(scale, power, scale), self.multiply_add(scale, power, less_one)
+
+
+@intrinsic(prefer_literal=True)
+def _recur(typing, zoh, gradient, u, d, count, A, b, c, keep, h, new, out, order):
+  """One step of the recurrence for a vector of `count` channels, from h to new [order, LANES].
+
+  `out` receives y [count]; or if `gradient`, a (for zoh a - 1) [order, LANES]. Addresses, but for count, keep (0.0 or
+  1.0) and order.
+  """
+  zoh_, gradient_ = zoh.literal_value, gradient.literal_value
+
+  def codegen(context, builder, signature, args):
+    u, d, count, A, b, c, keep, h, new, out, order = args[2:]
+    v = _Lanes(builder)
+    mask = v.mask(count)
+    u, d, keep = v.load_masked(u, mask), v.load_masked(d, mask), v.splat(keep)
+    d2, du = v.mul(d, v.constant(1 / math.log(2))), v.mul(d, u)
+    (y,) = v.registers([v.zero()])
+    with cgutils.for_range(builder, order) as loop:
+      at = lambda tile: builder.add(tile, builder.mul(loop.index, _WORD(v.bytes)))  # noqa: E731
+      value = v.load(at(A))
+      a, less_one = v.exp2(v.mul(d2, value))
+      wu = v.mul(builder.fdiv(less_one, value), u) if zoh_ else du
+      state = v.multiply_add(v.mul(keep, a), v.load(at(h)), v.mul(wu, v.scalar(b, loop.index)))
+      v.store(state, at(new))
+      if gradient_:
+        v.store(less_one if zoh_ else a, at(out))
+      else:
+        builder.store(v.multiply_add(v.scalar(c, loop.index), state, builder.load(y)), y)
+    if not gradient_:
+      v.store_masked(builder.load(y), out, mask)
+    return context.get_dummy_value()
+
+  word = types.int64
+  return types.void(zoh, gradient, *[word] * 6, types.float32, *[word] * 4), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _adjoin(typing, zoh, u, d, gy, count, A, b, c, keep, h, new, decay, adjoint, vB, vC, gA, gu, gd, order):
+  """One step of the adjoint recurrence for a vector of `count` channels.
+
+  Reads u, d, gy [count], A, h, new, decay [order, LANES], b, c [order]; changes adjoint, adds to vB, vC, gA
+  [order, LANES], whose lanes are still to be summed for gB and gC; writes gu, gd [count].
+  """
+  zoh_ = zoh.literal_value
+
+  def codegen(context, builder, signature, args):
+    u, d, gy, count, A, b, c, keep, h, new, decay, adjoint, vB, vC, gA, gu, gd, order = args[1:]
+    v = _Lanes(builder)
+    mul, fma = v.mul, v.multiply_add
+    mask = v.mask(count)
+    u, d, gy, keep = v.load_masked(u, mask), v.load_masked(d, mask), v.load_masked(gy, mask), v.splat(keep)
+    du = mul(d, u)
+    to_u, to_d = v.registers([v.zero()] * 2)
+    with cgutils.for_range(builder, order) as loop:
+      at = lambda tile: builder.add(tile, builder.mul(loop.index, _WORD(v.bytes)))  # noqa: E731
+
+      def accumulate(place, x, y):
+        v.store(fma(x, y, v.load(place)), place)
+
+      value, B, stored = v.load(at(A)), v.scalar(b, loop.index), v.load(at(decay))
+      m = fma(gy, v.scalar(c, loop.index), v.load(at(adjoint)))
+      a = builder.fadd(stored, v.constant(1.0)) if zoh_ else stored
+      l = mul(keep, mul(a, m))  # noqa: E741
+      v.store(l, at(adjoint))
+      lh = mul(l, v.load(at(h)))
+      accumulate(at(vC), gy, v.load(at(new)))
+      accumulate(at(gA), lh, d)
+      mB = mul(m, B)
+      if zoh_:
+        w = builder.fdiv(stored, value)
+        accumulate(at(vB), m, mul(w, u))
+        accumulate(at(gA), mul(mB, u), builder.fdiv(builder.fsub(mul(d, a), w), value))
+        builder.store(fma(w, mB, builder.load(to_u)), to_u)
+        builder.store(fma(mul(a, u), mB, fma(lh, value, builder.load(to_d))), to_d)
+      else:
+        accumulate(at(vB), m, du)
+        builder.store(builder.fadd(mB, builder.load(to_u)), to_u)
+        builder.store(fma(lh, value, builder.load(to_d)), to_d)
+    if zoh_:
+      v.store_masked(builder.load(to_u), gu, mask)
+      v.store_masked(builder.load(to_d), gd, mask)
+    else:
+      v.store_masked(mul(d, builder.load(to_u)), gu, mask)
+      v.store_masked(fma(u, builder.load(to_u), builder.load(to_d)), gd, mask)
+    return context.get_dummy_value()
+
+  word = types.int64
+  return types.void(zoh, *[word] * 7, types.float32, *[word] * 10), codegen
+
+
+@numba.njit(inline="always")
+def _tiles(rows):
+  """[rows, LANES] zeros."""
+  return np.zeros((rows, LANES), np.float32)
+
+
+@numba.njit(inline="always")
+def _load_A(tile, A, v, first, count):
+  """tile[n, j] = A[v, first + j, n]; lanes without a channel get -1, which every formula bears."""
+  for n in range(A.shape[2]):
+    for j in range(LANES):
+      tile[n, j] = A[v, first + j, n] if j < count else -1
+
+
+# Operands of both kernels: u, d [S, L, C], A [V, C, N], B, C [S, L, G, N], resets [S, L] int32. V divides S, and
+# element s uses A[s // (S / V)]. `reverse` takes the steps from the last to the first; `resets` keeps the array's order.
+
+
+@functools.cache
+def forward(zoh: bool, reverse: bool) -> kernels.Kernel:
+  """Kernel (operands) -> y [S, L, C], states [S, chunks, G * blocks, N, LANES]. An item is a block of channels."""
+
+  @kernels.kernel(f"selective_scan.forward.{zoh}.{reverse}")
+  def kernel(item, frame):
+    u, d = kernels.operand(frame, 0, types.float32, 3), kernels.operand(frame, 1, types.float32, 3)
+    A, B = kernels.operand(frame, 2, types.float32, 3), kernels.operand(frame, 3, types.float32, 4)
+    C, resets = kernels.operand(frame, 4, types.float32, 4), kernels.operand(frame, 5, types.int32, 2)
+    y, states = kernels.result(frame, 0, types.float32, 3), kernels.result(frame, 1, types.float32, 5)
+    length, groups, order = u.shape[1], B.shape[2], B.shape[3]
+    width = u.shape[2] // groups
+    vectors = states.shape[2] // groups
+    block, s = item % states.shape[2], item // states.shape[2]
+    g, first = block // vectors, block // vectors * width + block % vectors * LANES
+    count = min(LANES, (g + 1) * width - first)
+    tA, h = _tiles(order), _tiles(order)
+    _load_A(tA, A, s // (u.shape[0] // A.shape[0]), first, count)
+    at_A, at_h = tA.ctypes.data, h.ctypes.data
+    for step in range(length):
+      if step % CHUNK == 0:
+        states[s, step // CHUNK, block] = h
+      t = length - 1 - step if reverse else step
+      x, token = 4 * ((s * length + t) * u.shape[2] + first), 4 * order * ((s * length + t) * groups + g)
+      _recur(
+        zoh, False, u.ctypes.data + x, d.ctypes.data + x, count, at_A, B.ctypes.data + token, C.ctypes.data + token,
+        np.float32(0) if resets[s, t] else np.float32(1), at_h, at_h, y.ctypes.data + x, order,
+      )  # fmt: skip
+
+  return kernel
+
+
+@functools.cache
+def backward(zoh: bool, reverse: bool) -> kernels.Kernel:
+  """Kernel (operands, states, gy [S, L, C]) -> gu, gd [S, L, C], gA [S, N, C], gB, gC [P, S, L, G, N].
+
+  P is `splits`: the gradients of B and C are sums over channels, of which an item knows its share.
+  """
+
+  @kernels.kernel(f"selective_scan.backward.{zoh}.{reverse}")
+  def kernel(item, frame):
+    u, d = kernels.operand(frame, 0, types.float32, 3), kernels.operand(frame, 1, types.float32, 3)
+    A, B = kernels.operand(frame, 2, types.float32, 3), kernels.operand(frame, 3, types.float32, 4)
+    C, resets = kernels.operand(frame, 4, types.float32, 4), kernels.operand(frame, 5, types.int32, 2)
+    states, gy = kernels.operand(frame, 6, types.float32, 5), kernels.operand(frame, 7, types.float32, 3)
+    gu, gd = kernels.result(frame, 0, types.float32, 3), kernels.result(frame, 1, types.float32, 3)
+    gA, gB = kernels.result(frame, 2, types.float32, 3), kernels.result(frame, 3, types.float32, 5)
+    gC = kernels.result(frame, 4, types.float32, 5)
+    length, groups, order, parts = u.shape[1], B.shape[2], B.shape[3], gB.shape[0]
+    width = u.shape[2] // groups
+    vectors = states.shape[2] // groups
+    part, pair = item % parts, item // parts
+    g, s = pair % groups, pair // groups
+    low, high = vectors * part // parts, vectors * (part + 1) // parts
+    h, decay = _tiles((CHUNK + 1) * order), _tiles(CHUNK * order)  # h before each step, and after the last
+    vB, vC = _tiles(CHUNK * order), _tiles(CHUNK * order)
+    tA, adjoint, tgA = _tiles((high - low) * order), _tiles((high - low) * order), _tiles((high - low) * order)
+    for v in range(low, high):
+      first = g * width + v * LANES
+      own = tA[(v - low) * order : (v - low + 1) * order]
+      _load_A(own, A, s // (u.shape[0] // A.shape[0]), first, min(LANES, (g + 1) * width - first))
+    at_h, at_decay, at_vB, at_vC = h.ctypes.data, decay.ctypes.data, vB.ctypes.data, vC.ctypes.data
+    tile = 4 * LANES * order
+    for chunk in range(states.shape[1] - 1, -1, -1):
+      start = chunk * CHUNK
+      steps = min(CHUNK, length - start)
+      vB[:], vC[:] = 0, 0
+      for v in range(low, high):
+        first = g * width + v * LANES
+        count, own = min(LANES, (g + 1) * width - first), tile * (v - low)
+        h[:order] = states[s, chunk, g * vectors + v]
+        for k in range(steps):
+          t = length - 1 - start - k if reverse else start + k
+          x, token = 4 * ((s * length + t) * u.shape[2] + first), 4 * order * ((s * length + t) * groups + g)
+          _recur(
+            zoh, True, u.ctypes.data + x, d.ctypes.data + x, count, tA.ctypes.data + own, B.ctypes.data + token,
+            C.ctypes.data + token, np.float32(0) if resets[s, t] else np.float32(1), at_h + tile * k,
+            at_h + tile * (k + 1), at_decay + tile * k, order,
+          )  # fmt: skip
+        for k in range(steps - 1, -1, -1):
+          t = length - 1 - start - k if reverse else start + k
+          x, token = 4 * ((s * length + t) * u.shape[2] + first), 4 * order * ((s * length + t) * groups + g)
+          _adjoin(
+            zoh, u.ctypes.data + x, d.ctypes.data + x, gy.ctypes.data + x, count, tA.ctypes.data + own,
+            B.ctypes.data + token, C.ctypes.data + token, np.float32(0) if resets[s, t] else np.float32(1),
+            at_h + tile * k, at_h + tile * (k + 1), at_decay + tile * k, adjoint.ctypes.data + own, at_vB + tile * k,
+            at_vC + tile * k, tgA.ctypes.data + own, gu.ctypes.data + x, gd.ctypes.data + x, order,
+          )  # fmt: skip
+      for k in range(steps):
+        t = length - 1 - start - k if reverse else start + k
+        for n in range(order):
+          total_B, total_C = np.float32(0), np.float32(0)
+          for j in range(LANES):
+            total_B += vB[k * order + n, j]
+            total_C += vC[k * order + n, j]
+          gB[part, s, t, g, n], gC[part, s, t, g, n] = total_B, total_C
+    for v in range(low, high):
+      first = g * width + v * LANES
+      for n in range(order):
+        for j in range(min(LANES, (g + 1) * width - first)):
+          gA[s, n, first + j] = tgA[(v - low) * order + n, j]
+
+  return kernel
