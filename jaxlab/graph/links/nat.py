@@ -67,6 +67,15 @@ class Memory(NamedTuple):
   hash_seed: Int[Array, ""]
 
 
+class Writes(NamedTuple):
+  """What a batch changes: new rows of the memory. Those at N + 1, which does not exist, change nothing."""
+
+  at: Int[Array, " b2"]
+  slots: Slots
+  self_rep: Float[Array, "b2 F"]
+  latest: Latest
+
+
 class Tables(NamedTuple):
   """Frozen features; row 0 of each is zero."""
 
@@ -75,7 +84,7 @@ class Tables(NamedTuple):
 
 
 class Read(NamedTuple):
-  """What a batch of B events read and refreshed, for `update`. Rows are senders, then receivers, then negatives."""
+  """What a batch of B events read and refreshed, for `changes`. Rows are senders, then receivers, then negatives."""
 
   ids: Int[Array, " b3"]
   slots: Slots  # as stored, [3B, S, ...]
@@ -159,16 +168,16 @@ class NAT(nn.Module):
   def __call__(
     self, memory: Memory, tables: Tables, events: Batches, *, train: bool = False
   ) -> tuple[Float[Array, "2 b"], Read]:
-    """Reads the memory, which `update` changes afterwards.
+    """Reads the memory, which `write` changes afterwards.
 
     Args:
-      memory: from `reset` or `update`.
+      memory: from `reset` or `write`.
       tables: features of nodes and edges.
       events: arrays [B]; rows of zeros are padding. Edge ids and times are not read here: a score must not see them.
       train: draws dropout (stream "dropout").
 
     Returns:
-      Logits in `dtype` of the events and of their negatives, [2, B], and what `update` needs.
+      Logits in `dtype` of the events and of their negatives, [2, B], and what `changes` needs.
 
     Raises:
       ValueError: while tracing, if an attribute is out of range or arrays do not fit.
@@ -320,8 +329,8 @@ def reset(model: NAT, num_nodes: int, hash_seed: int | Int[Array, ""] = 0) -> Me
   return Memory(slots, jnp.zeros((n, model.self_dim)), latest, jnp.asarray(hash_seed, "int32"))
 
 
-def update(model: NAT, memory: Memory, events: Batches, read: Read, key: Key[Array, ""]) -> Memory:
-  """Writes a batch of events. Rows count in order, all senders before all receivers: of several writes the last wins.
+def changes(model: NAT, memory: Memory, events: Batches, read: Read, key: Key[Array, ""]) -> Writes:
+  """What a batch of events writes. Rows count in order, senders before receivers: of several writes the last wins.
 
   Args:
     model: gives sizes and alpha.
@@ -331,7 +340,7 @@ def update(model: NAT, memory: Memory, events: Batches, read: Read, key: Key[Arr
     key: decides which keys are replaced.
 
   Returns:
-    The memory that the next batch reads.
+    For `write`, before the next batch is read.
   """
   rows = 2 * len(events.senders)
   own, row = read.ids[:rows], jnp.arange(rows)
@@ -363,12 +372,13 @@ def update(model: NAT, memory: Memory, events: Batches, read: Read, key: Key[Arr
 
   nobody = len(memory.self_rep)  # out of range: dropped
   at = jnp.where((row == last) & (own != 0), own, nobody)
-  put = lambda old, new: old.at[at].set(new, mode="drop")  # noqa: E731
-  slots, self_rep, latest = jax.tree.map(
-    put,
-    (memory.slots, memory.self_rep, memory.latest),
-    (written, read.self_rep[:rows], Latest(other(own), edge, time)),
-  )
+  return Writes(at, written, read.self_rep[:rows], Latest(other(own), edge, time))
+
+
+def write(memory: Memory, writes: Writes) -> Memory:
+  """The memory with new rows."""
+  put = lambda old, new: old.at[writes.at].set(new, mode="drop")  # noqa: E731
+  slots, self_rep, latest = jax.tree.map(put, memory[:3], writes[1:])
   return Memory(slots, self_rep, latest, memory.hash_seed)
 
 
@@ -392,12 +402,12 @@ def stream(
     The memory at the end, and logits of events and negatives.
   """
 
-  def step(memory, x):
-    events, key = x
+  def score(_, memory, events, key):
     logits, read = model.apply({"params": params}, memory, tables, events)
-    return update(model, memory, events, read, key), logits
+    return None, changes(model, memory, events, read, key), logits
 
-  return jax.lax.scan(step, memory, (batches, jax.random.split(key, len(batches.senders))))
+  _, memory, logits = _scan(score, None, memory, batches, key)
+  return memory, logits
 
 
 class Training(NamedTuple):
@@ -408,26 +418,62 @@ class Training(NamedTuple):
   memory: Memory
 
 
-def train_step(
-  model: NAT, tx: optax.GradientTransformation, state: Training, tables: Tables, events: Batches, key: Key[Array, ""]
-) -> tuple[Training, Float[Array, ""]]:
-  """One update of the weights and of the memory on a batch, arrays [B] with at least one event.
+def train_stream(
+  model: NAT, tx: optax.GradientTransformation, state: Training, tables: Tables, batches: Batches, key: Key[Array, ""]
+) -> tuple[Training, Float[Array, " c"]]:
+  """Updates weights and memory batch after batch.
 
   The loss is the mean over events of -log p(event) - log(1 - p(negative)).
+
+  Args:
+    model: the network.
+    tx: the optimizer.
+    state: at the start.
+    tables: features.
+    batches: arrays [C, B], at least one event in each batch.
+    key: of dropout and replacements.
+
+  Returns:
+    The state at the end, and the loss of each batch.
   """
-  dropout, replace = jax.random.split(key)
-  weight = (events.senders != 0).astype("float32")
 
-  def objective(params):
-    logits, read = model.apply({"params": params}, state.memory, tables, events, train=True, rngs={"dropout": dropout})
-    positive, negative = logits.astype("float32")
-    each = nn.softplus(-positive) + nn.softplus(negative)
-    return jnp.sum(each * weight) / jnp.sum(weight), read
+  def learn(weights, memory, events, key):
+    params, moments = weights
+    dropout, replace = jax.random.split(key)
+    real = (events.senders != 0).astype("float32")
 
-  (loss, read), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-  updates, moments = tx.update(grads, state.moments, state.params)
-  memory = update(model, state.memory, events, read, replace)
-  return Training(optax.apply_updates(state.params, updates), moments, memory), loss
+    def objective(params):
+      logits, read = model.apply({"params": params}, memory, tables, events, train=True, rngs={"dropout": dropout})
+      positive, negative = logits.astype("float32")
+      return jnp.sum(real * (nn.softplus(-positive) + nn.softplus(negative))) / jnp.sum(real), read
+
+    (loss, read), grads = jax.value_and_grad(objective, has_aux=True)(params)
+    updates, moments = tx.update(grads, moments, params)
+    return (optax.apply_updates(params, updates), moments), changes(model, memory, events, read, replace), loss
+
+  (params, moments), memory, losses = _scan(learn, (state.params, state.moments), state.memory, batches, key)
+  return Training(params, moments, memory), losses
+
+
+def _scan(function, carry, memory, batches, key):
+  """Scans batches with (carry, memory, events, key) -> (carry, writes, output).
+
+  Writes of a batch are made at the start of the next step, before its reads. In a step that wrote what it has read XLA
+  would copy the whole memory, and cost would follow the number of nodes.
+  """
+
+  def step(state, x):
+    carry, memory, pending = state
+    memory = write(memory, pending)
+    carry, pending, output = function(carry, memory, *x)
+    return (carry, memory, pending), output
+
+  keys = jax.random.split(key, len(batches.senders))
+  shapes = jax.eval_shape(function, carry, memory, jax.tree.map(lambda a: a[0], batches), keys[0])[1]
+  nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+  nothing = nothing._replace(at=jnp.full_like(nothing.at, len(memory.self_rep)))
+  (carry, memory, pending), outputs = jax.lax.scan(step, (carry, memory, nothing), (batches, keys))
+  return carry, write(memory, pending), outputs
 
 
 def batch_average_precision(logits: Float[Array, "c 2 b"], batches: Batches) -> Float[Array, ""]:
@@ -504,12 +550,8 @@ def learner(model: NAT, tx: optax.GradientTransformation, *, patience: int = 3, 
   def epoch(run, task):
     train_key, validation_key = jax.random.split(jax.random.fold_in(run.key, run.epoch))
 
-    def step(state, x):
-      return train_step(model, tx, state, task.tables, *x)
-
-    keys = jax.random.split(train_key, len(task.train.senders))
     start = Training(run.params, run.moments, fresh(task, run.hash_seed))
-    (params, moments, memory), losses = jax.lax.scan(step, start, (task.train, keys))
+    (params, moments, memory), losses = train_stream(model, tx, start, task.tables, task.train, train_key)
     memory, logits = stream(model, params, memory, task.tables, task.validation, validation_key)
     score = batch_average_precision(logits, task.validation)
 
