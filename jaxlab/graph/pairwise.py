@@ -136,7 +136,7 @@ def _call(kernel, results, *operands):
 @functools.cache
 def _forward(activation: str, with_slopes: bool) -> kernels.Kernel:
   """Kernel (starts [R + 1], columns [E], weights [E], q [R, F], k [C, F]) -> y [R, F], and the same with phi'."""
-  phi = _PHI[activation]
+  kind = _KINDS.index(activation)  # numba keeps compiled kernels that close over numbers, not over functions
 
   @kernels.kernel(f"pairwise.forward.{activation}.{with_slopes}")
   def kernel(item, frame):
@@ -153,7 +153,7 @@ def _forward(activation: str, with_slopes: bool) -> kernels.Kernel:
       for e in range(starts[r], starts[r + 1]):
         k_e, w = k[columns[e]], weights[e]
         for f in range(width):
-          value, slope = phi(q_r[f] + k_e[f])
+          value, slope = _phi(kind, q_r[f] + k_e[f])
           if with_slopes:
             s_r[f] += w * slope
           y_r[f] += w * value
@@ -164,7 +164,7 @@ def _forward(activation: str, with_slopes: bool) -> kernels.Kernel:
 @functools.cache
 def _backward(activation: str) -> kernels.Kernel:
   """Kernel (starts [C + 1], rows [E], weights [E], k [C, F], q [R, F], g [R, F]) -> gradient of k [C, F]."""
-  phi = _PHI[activation]
+  kind = _KINDS.index(activation)  # numba keeps compiled kernels that close over numbers, not over functions
 
   @kernels.kernel(f"pairwise.backward.{activation}")
   def kernel(item, frame):
@@ -180,29 +180,28 @@ def _backward(activation: str) -> kernels.Kernel:
       for e in range(starts[c], starts[c + 1]):
         q_e, g_e, w = q[rows[e]], g[rows[e]], weights[e]
         for f in range(width):
-          out_c[f] += w * g_e[f] * phi(q_e[f] + k_c[f])[1]
+          out_c[f] += w * g_e[f] * _phi(kind, q_e[f] + k_c[f])[1]
 
   return kernel
 
 
 # phi and its derivative, in forms that LLVM turns into vectors.
 
-
-@numba.njit(inline="always")
-def _identity(z):
-  return z, types.float32(1)
+_KINDS = ("identity", "relu", "leaky_relu", "gelu")
 
 
-@numba.njit(inline="always")
-def _relu(z):
-  on = types.float32(1) if z > types.float32(0) else types.float32(0)
-  return z * on, on
-
-
-@numba.njit(inline="always")
-def _leaky_relu(z):
-  slope = types.float32(1) if z >= types.float32(0) else types.float32(0.2)
-  return z * slope, slope
+@numba.njit
+def _phi(kind, z):
+  """Value and slope; `kind`, an index of `_KINDS`, is a constant of the kernel, so nothing branches."""
+  zero, one = types.float32(0), types.float32(1)
+  if kind == 0:
+    return z, one
+  if kind == 1:
+    return (z if z > zero else zero), (one if z > zero else zero)
+  if kind == 2:
+    slope = one if z >= zero else types.float32(0.2)
+    return z * slope, slope
+  return _gelu(z)
 
 
 @intrinsic
@@ -225,7 +224,7 @@ def _nearest(typing_context, x):
   return types.Tuple((types.float32, types.int32))(types.float32), codegen
 
 
-@numba.njit(inline="always")
+@numba.njit
 def _exp_negative(x):
   """exp(x) for x <= 0: 2^n exp(r) with |r| <= ln(2) / 2, by Taylor's series; 1e-7 relative, 0 below exp(-87)."""
   f32 = types.float32
@@ -238,7 +237,7 @@ def _exp_negative(x):
   return series * _float_of_bits(types.int32((n + types.int32(127)) << types.int32(23)))
 
 
-@numba.njit(inline="always")
+@numba.njit
 def _gelu(z):
   """z Phi(z) and Phi(z) + z N(z); Phi by Abramowitz and Stegun 7.1.26, 7.5e-8 absolute."""
   f32 = types.float32
@@ -250,6 +249,3 @@ def _gelu(z):
   tail = tail * t * bell  # Phi(-|z|)
   phi = f32(1) - tail if z > f32(0) else tail
   return z * phi, phi + z * f32(1 / math.sqrt(2 * math.pi)) * bell
-
-
-_PHI = {"identity": _identity, "relu": _relu, "leaky_relu": _leaky_relu, "gelu": _gelu}
