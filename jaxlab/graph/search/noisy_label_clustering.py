@@ -114,6 +114,8 @@ def diffuse(
     capacity = np.asarray(sink, np.float64)
     if capacity.shape != (n,) or not (capacity >= 0).all():
       raise ValueError(f"sink: got shape {capacity.shape}, expected [{n}], none negative")
+  if mass.sum() > {"degree": adjacency.nnz, "one": n}.get(sink if isinstance(sink, str) else "", capacity.sum()):
+    return Diffusion(seeds, np.zeros(len(seeds)), mass, 0, False, False)  # more than the whole graph holds
   found, pushed, degree = _run(adjacency, seeds, mass, kind, capacity, 1.0, labels, epsilon, tolerance, max_work)
   return found._replace(height=np.divide(pushed, degree, out=np.zeros_like(pushed), where=pushed > 0))
 

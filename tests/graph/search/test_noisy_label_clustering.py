@@ -160,6 +160,13 @@ def test_a_mass_that_fits_stays_on_the_seed():
   np.testing.assert_array_equal(found.support, [7])
 
 
+@pytest.mark.parametrize(("sink", "room"), [("degree", graph().nnz), ("one", 60), (np.full(60, 0.5), 30)])
+def test_more_than_the_graph_holds_is_refused_at_once(sink, room):
+  found = lfd.diffuse(graph(), [3, 4], np.array([room, 1.0]), sink=sink)
+  assert not found.feasible and not found.converged and found.work == 0
+  assert lfd.diffuse(graph(), [3, 4], np.array([0.9 * room, 0.0]), sink=sink).converged
+
+
 def test_work_is_capped():
   found = lfd.diffuse(graph(), 0, 100.0, max_work=50)
   assert not found.converged and found.feasible and found.work < 80
