@@ -70,6 +70,7 @@ def test_negative_edges_are_distinct_and_absent(directed):
     (lambda: evaluation.edge_split(np.zeros((2, 2), int), 0, test=1.0), "validation, test"),
     (lambda: evaluation.negative_edges(np.array([[0], [1]]), 3, 2, 0), "count"),
     (lambda: evaluation.hits_at_k(np.ones(2), np.ones(2), 0), "k"),
+    (lambda: evaluation.hits_by_rank(np.ones(2), np.ones(2), 0), "k"),
     (lambda: evaluation.multilabel_f1(np.ones((4, 2)), np.ones((3, 2)), 0.5, [0]), "labels"),
     (lambda: evaluation.multilabel_f1(np.full((4, 2), np.nan), np.ones((4, 2)), 0.5, [0]), "embedding"),
     (lambda: evaluation.multilabel_f1(np.ones((4, 2)), np.ones((4, 2)), 1.5, [0]), "train_fraction"),
@@ -107,6 +108,33 @@ def test_mean_reciprocal_rank_by_hand():
   positive = np.array([3.0, 1.0, 2.0])
   negative = np.array([[1.0, 2.0, 0.0], [2.0, 3.0, 4.0], [2.0, 3.0, 1.0]])
   np.testing.assert_allclose(evaluation.mean_reciprocal_rank(positive, negative), (1 + 1 / 4 + 1 / 2.5) / 3, rtol=1e-6)
+
+
+@hypothesis.given(scores, scores, st.integers(1, 6))
+@hypothesis.settings(deadline=None, max_examples=8)
+def test_shared_negatives_rank_as_copies_do_and_ties_count_half(positive, negative, k):
+  positive, negative = np.float32(positive), np.float32(negative)
+  want = [1 + sum(n > p for n in negative) + 0.5 * sum(n == p for n in negative) for p in positive]
+  copies = np.tile(negative, (len(positive), 1))
+  for given in (negative, copies):
+    np.testing.assert_allclose(evaluation.ranks(positive, given), want)
+    np.testing.assert_allclose(evaluation.hits_by_rank(positive, given, k), np.mean(np.array(want) <= k), rtol=1e-6)
+
+
+def test_planetoid_link_split_has_the_published_sizes():
+  """Cora's: 5278 edges make 3696 + 527 + 1055, and 1055 negatives for each of validation and test."""
+  rng = np.random.default_rng(0)
+  codes = rng.choice(2708 * 2708, 20_000, replace=False)
+  low, high = codes // 2708, codes % 2708
+  edges = np.unique(np.stack([low, high])[:, low < high], axis=1)[:, :5278]
+  split = evaluation.planetoid_link_split(np.concatenate([edges, edges[::-1]], axis=1), 2708, 1)
+  assert [part.shape[1] for part in split] == [3696, 527, 1055, 1055, 1055]
+  codes = [part[0].astype(int) * 2708 + part[1] for part in split]
+  assert np.unique(np.concatenate(codes)).size == 3696 + 527 + 3 * 1055  # every pair is in one part, once
+  everything = np.sort(np.concatenate([codes[0], codes[1], codes[3]]))
+  np.testing.assert_array_equal(everything, np.sort(edges[0] * 2708 + edges[1]))
+  other = evaluation.planetoid_link_split(edges, 2708, 2)
+  assert not np.array_equal(split.test, other.test) and all((part[0] < part[1]).all() for part in split)
 
 
 @hypothesis.given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=12, max_size=12))
