@@ -1,6 +1,6 @@
 """The selective scan, forward and gradient, beside PyTorch's two ways to compute it on CPU.
 
-The peers materialise exp(delta A) and delta u B [B, L, C, N], as PyTorch code without a fused kernel does: "a loop" takes
+The peers store exp(delta A) and delta u B [B, L, C, N], as PyTorch code without a fused kernel does: "a loop" takes
 one step after the other, the reference form of Mamba ports; "a parallel scan" combines pairs of steps recursively
 (Blelloch's work-efficient scan) in an autograd function whose gradient is the same scan backwards.
 """

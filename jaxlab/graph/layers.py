@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import jraph
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxlab.graph import sparse, structure
 from jaxlab.nn.dropout import dropout
@@ -238,6 +238,109 @@ class GINConv(nn.Module):
     return self.mlp((total + (1 + eps) * x.astype("float32")).astype(x.dtype))
 
 
+class GINEConv(nn.Module):
+  """GIN with edge features, Hu et al., ICLR 2020, arXiv:1905.12265, in the form of PyTorch Geometric.
+
+      y_i = mlp((1 + eps) x_i + sum_{j -> i} ReLU(x_j + e_ij))
+
+  Attributes:
+    mlp: any function or module on [N, F].
+    eps: initial or fixed eps.
+    train_eps: whether it is learned.
+  """
+
+  mlp: Callable[[Array], Array]
+  eps: float = 0.0
+  train_eps: bool = False
+
+  @nn.compact
+  def __call__(
+    self, graph: Graph, x: Float[Array, "n f"], edges: Float[Array, "e f"] | None = None
+  ) -> Float[Array, "n f_out"]:
+    """[N, F] -> what `mlp` makes of [N, F]; without `edges`, e is 0."""
+    operator = as_operator(graph, x)
+    eps = self.param("eps", nn.initializers.constant(self.eps), ()) if self.train_eps else self.eps
+    wide = x.astype("float32")
+    if edges is None:
+      total = sparse.propagate(operator, nn.relu(wide), _ones(operator))
+    else:
+      total = sparse.segment_sum(operator, nn.relu(at_senders(operator, wide) + edges))
+    return self.mlp((total + (1 + eps) * wide).astype(x.dtype))
+
+
+class GatedGCN(nn.Module):
+  """Gated graph convolution of Bresson and Laurent, arXiv:1711.07553, with edge states as in arXiv:2003.00982.
+
+      e'_ij = D x_i + E x_j + C e_ij        x'_i = A x_i + sum_{j -> i} s_ij B x_j / (sum_{j -> i} s_ij + 1e-6)
+
+  with s = sigmoid(e'), each feature by itself; then both become x + dropout(ReLU(batch_norm(x'))), the residual only
+  where widths agree.
+
+  Attributes:
+    features: width of nodes and edges.
+    update_edges: whether new edge states are computed; False in the last layer of a stack.
+    residual: whether to add the input.
+    dropout: rate in training.
+    batch_norm: whether there is normalisation.
+    axis_name: device axis over which batch statistics are averaged.
+    dtype, param_dtype: as `Linear`.
+  """
+
+  features: int
+  update_edges: bool = True
+  residual: bool = True
+  dropout: float = 0.0
+  batch_norm: bool = True
+  axis_name: str | None = None
+  dtype: jax.typing.DTypeLike = "float32"
+  param_dtype: jax.typing.DTypeLike = "float32"
+
+  @nn.compact
+  def __call__(
+    self,
+    graph: Graph,
+    x: Float[Array, "n f"],
+    edges: Float[Array, "e g"] | None = None,
+    *,
+    mask: Bool[Array, " n"] | None = None,
+    train: bool = False,
+  ) -> tuple[Float[Array, "n features"], Float[Array, "e features"] | None]:
+    """New states of nodes and edges, the latter None without `update_edges`.
+
+    Args:
+      graph: as the module says.
+      x: node states.
+      edges: edge states; None for 0.
+      mask: real nodes, which batch statistics are taken of; None for all.
+      train: as usual.
+    """
+    operator = as_operator(graph, x)
+    linear = lambda size, name: Linear(size, True, "torch", self.dtype, self.param_dtype, name=name)  # noqa: E731
+    sent = at_senders(operator, linear(2 * self.features, "sender")(x))  # E x_j and B x_j together
+    gate, message = jnp.split(sent, 2, axis=-1)
+    gate = gate + at_receivers(operator, linear(self.features, "receiver")(x))
+    if edges is not None:
+      gate = gate + linear(self.features, "edge")(edges)
+    weight = nn.sigmoid(gate.astype("float32"))
+    sums = sparse.segment_sum(operator, jnp.concatenate([weight * message, weight], -1))
+    total, weights = jnp.split(sums, 2, axis=-1)
+    new_x = linear(self.features, "root")(x) + (total / (weights + 1e-6)).astype(self.dtype)
+
+    def finish(name, new, old, mask):
+      if self.batch_norm:
+        norm = nn.BatchNorm(
+          not train, momentum=0.9, dtype=self.dtype, param_dtype=self.param_dtype, axis_name=self.axis_name, name=name
+        )
+        new = norm(new, mask=None if mask is None else mask[:, None])
+      new = Dropout(self.dropout)(nn.relu(new), train=train)
+      return new + old if self.residual and old is not None and old.shape == new.shape else new
+
+    new_x = finish("norm", new_x, x, mask)
+    if not self.update_edges:
+      return new_x, None
+    return new_x, finish("edge_norm", gate, edges, None if mask is None else mask[operator.rows])
+
+
 class GraphNorm(nn.Module):
   """Normalisation over the nodes of each graph, Cai et al., ICML 2021, arXiv:2009.03294, equation 7.
 
@@ -274,6 +377,25 @@ class GraphNorm(nn.Module):
 def as_operator(graph: Graph, x: Float[Array, "n f"]) -> sparse.Operator:
   """The operator itself, or the graph's, where `x` says how many nodes there are."""
   return graph if isinstance(graph, sparse.Operator) else sparse.operator(graph._replace(nodes=x))
+
+
+def at_senders(operator: sparse.Operator, x: Float[Array, "n f"]) -> Float[Array, "e f"]:
+  """x[sender] of every edge, whose gradient is a product with the stored transpose instead of a scatter."""
+  every = jnp.arange(operator.rows.shape[0] + 1, dtype="int32")
+  order = operator.transpose_order
+  select = sparse.Operator(
+    every[:-1], operator.columns, _ones(operator), every, order, order, operator.transpose_starts
+  )  # fmt: skip
+  return sparse.propagate(select, x)
+
+
+def at_receivers(operator: sparse.Operator, x: Float[Array, "n f"]) -> Float[Array, "e f"]:
+  """x[receiver] of every edge, likewise."""
+  every = jnp.arange(operator.rows.shape[0] + 1, dtype="int32")
+  select = sparse.Operator(
+    every[:-1], operator.rows, _ones(operator), every, every[:-1], every[:-1], operator.row_starts
+  )  # fmt: skip
+  return sparse.propagate(select, x)
 
 
 def _ones(operator: sparse.Operator) -> Float[Array, " e"]:

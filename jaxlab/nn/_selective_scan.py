@@ -1,4 +1,4 @@
-"""Host kernels of the selective scan: states stay in cache, vector lanes are channels, no tile grows with L.
+"""Host kernels of the selective scan: states stay in cache, vector lanes are channels, no tile grows with the length.
 
 An item walks along one sequence with some of its channels. `forward` stores the state before every `CHUNK`-th step.
 `backward` goes through the chunks from the last to the first: from the stored state it computes the chunk's states
@@ -37,19 +37,23 @@ def blocks(channels: int) -> int:
   return -(-channels // LANES)
 
 
-def chunks(length: int) -> int:
-  """Chunks of a sequence."""
-  return -(-length // CHUNK)
+def stored(length: int) -> int:
+  """States that `forward` keeps of a sequence: those before each chunk but the first, where the state is 0."""
+  return -(-length // CHUNK) - 1
 
 
-def splits(batch: int, groups: int, channels: int) -> int:
-  """Shares of a group's channels, so that there are items enough for the cores; each has its own part of gB and gC."""
-  return min(blocks(channels), max(1, -(-16 // (batch * groups))))
+def shares(sequences: int, groups: int, channels: int) -> tuple[int, int]:
+  """Work items of `backward` for each A and group: Q runs of sequences times P parts of the channels.
+
+  Each part has gradients of B and C of its own, so sequences are shared out first, channels only where they are few.
+  """
+  runs = min(sequences, 32)
+  return runs, min(blocks(channels), -(-16 // (runs * groups)))
 
 
-def scratch_bytes(vectors: int, states: int) -> int:
-  """What an item of `backward` with so many vectors of channels allocates besides XLA's buffers, whatever L is."""
-  return 4 * LANES * (4 * CHUNK + 1 + 3 * vectors) * states
+def scratch_bytes(length: int, channels: int, states: int) -> int:
+  """What an item of `backward` with so many channels allocates besides XLA's buffers: bounded, whatever the length."""
+  return 4 * LANES * states * (4 * min(length, CHUNK) + 1 + 3 * blocks(channels))
 
 
 class _Lanes(kernels.Vectors):
@@ -194,12 +198,15 @@ def _load_A(tile, A, v, first, count):
 
 
 # Operands of both kernels: u, d [S, L, C], A [V, C, N], B, C [S, L, G, N], resets [S, L] int32. V divides S, and
-# element s uses A[s // (S / V)]. `reverse` takes the steps from the last to the first; `resets` keeps the array's order.
+# s uses A[s // (S / V)]. `reverse` takes the steps from the last to the first; `resets` keeps the array's order.
 
 
 @functools.cache
 def forward(zoh: bool, reverse: bool) -> kernels.Kernel:
-  """Kernel (operands) -> y [S, L, C], states [S, chunks, G * blocks, N, LANES]. An item is a block of channels."""
+  """Kernel (operands, an array [Q] for its length) -> y [S, L, C], states [S, stored, G * blocks, N, LANES].
+
+  An item is a block of channels of the sequences s of one A in one of Q runs: V * G * blocks * Q items.
+  """
 
   @kernels.kernel(f"selective_scan.forward.{zoh}.{reverse}")
   def kernel(item, frame):
@@ -207,33 +214,37 @@ def forward(zoh: bool, reverse: bool) -> kernels.Kernel:
     A, B = kernels.operand(frame, 2, types.float32, 3), kernels.operand(frame, 3, types.float32, 4)
     C, resets = kernels.operand(frame, 4, types.float32, 4), kernels.operand(frame, 5, types.int32, 2)
     y, states = kernels.result(frame, 0, types.float32, 3), kernels.result(frame, 1, types.float32, 5)
+    runs = kernels.operand(frame, 6, types.int32, 1).shape[0]
     length, groups, order = u.shape[1], B.shape[2], B.shape[3]
-    width = u.shape[2] // groups
+    width, sequences = u.shape[2] // groups, u.shape[0] // A.shape[0]
     vectors = states.shape[2] // groups
-    block, s = item % states.shape[2], item // states.shape[2]
+    run, block, a = item % runs, item // runs % states.shape[2], item // runs // states.shape[2]
     g, first = block // vectors, block // vectors * width + block % vectors * LANES
     count = min(LANES, (g + 1) * width - first)
     tA, h = _tiles(order), _tiles(order)
-    _load_A(tA, A, s // (u.shape[0] // A.shape[0]), first, count)
+    _load_A(tA, A, a, first, count)
     at_A, at_h = tA.ctypes.data, h.ctypes.data
-    for step in range(length):
-      if step % CHUNK == 0:
-        states[s, step // CHUNK, block] = h
-      t = length - 1 - step if reverse else step
-      x, token = 4 * ((s * length + t) * u.shape[2] + first), 4 * order * ((s * length + t) * groups + g)
-      _recur(
-        zoh, False, u.ctypes.data + x, d.ctypes.data + x, count, at_A, B.ctypes.data + token, C.ctypes.data + token,
-        np.float32(0) if resets[s, t] else np.float32(1), at_h, at_h, y.ctypes.data + x, order,
-      )  # fmt: skip
+    for s in range(a * sequences + sequences * run // runs, a * sequences + sequences * (run + 1) // runs):
+      h[:] = 0
+      for step in range(length):
+        if step % CHUNK == 0 and step > 0:
+          states[s, step // CHUNK - 1, block] = h
+        t = length - 1 - step if reverse else step
+        x, token = 4 * ((s * length + t) * u.shape[2] + first), 4 * order * ((s * length + t) * groups + g)
+        _recur(
+          zoh, False, u.ctypes.data + x, d.ctypes.data + x, count, at_A, B.ctypes.data + token, C.ctypes.data + token,
+          np.float32(0) if resets[s, t] else np.float32(1), at_h, at_h, y.ctypes.data + x, order,
+        )  # fmt: skip
 
   return kernel
 
 
 @functools.cache
 def backward(zoh: bool, reverse: bool) -> kernels.Kernel:
-  """Kernel (operands, states, gy [S, L, C]) -> gu, gd [S, L, C], gA [S, N, C], gB, gC [P, S, L, G, N].
+  """Kernel (operands, states, gy [S, L, C]) -> gu, gd [S, L, C], gA [V, Q, N, C], gB, gC [P, S, L, G, N].
 
-  P is `splits`: the gradients of B and C are sums over channels, of which an item knows its share.
+  An item is a part of a group's channels of the sequences of one A in one of Q runs (`shares`): V * G * P * Q items.
+  The gradients of B and C are sums over channels, that of A over sequences; an item makes its share of them.
   """
 
   @kernels.kernel(f"selective_scan.backward.{zoh}.{reverse}")
@@ -243,60 +254,65 @@ def backward(zoh: bool, reverse: bool) -> kernels.Kernel:
     C, resets = kernels.operand(frame, 4, types.float32, 4), kernels.operand(frame, 5, types.int32, 2)
     states, gy = kernels.operand(frame, 6, types.float32, 5), kernels.operand(frame, 7, types.float32, 3)
     gu, gd = kernels.result(frame, 0, types.float32, 3), kernels.result(frame, 1, types.float32, 3)
-    gA, gB = kernels.result(frame, 2, types.float32, 3), kernels.result(frame, 3, types.float32, 5)
+    gA, gB = kernels.result(frame, 2, types.float32, 4), kernels.result(frame, 3, types.float32, 5)
     gC = kernels.result(frame, 4, types.float32, 5)
-    length, groups, order, parts = u.shape[1], B.shape[2], B.shape[3], gB.shape[0]
-    width = u.shape[2] // groups
+    length, groups, order, runs, parts = u.shape[1], B.shape[2], B.shape[3], gA.shape[1], gB.shape[0]
+    width, sequences = u.shape[2] // groups, u.shape[0] // A.shape[0]
     vectors = states.shape[2] // groups
-    part, pair = item % parts, item // parts
-    g, s = pair % groups, pair // groups
+    run, part, g = item % runs, item // runs % parts, item // runs // parts % groups
+    a = item // runs // parts // groups
     low, high = vectors * part // parts, vectors * (part + 1) // parts
-    h, decay = _tiles((CHUNK + 1) * order), _tiles(CHUNK * order)  # h before each step, and after the last
-    vB, vC = _tiles(CHUNK * order), _tiles(CHUNK * order)
+    size, tile = min(CHUNK, length), 4 * LANES * order
+    h, decay = _tiles((size + 1) * order), _tiles(size * order)  # h before each step, and after the last
+    vB, vC = _tiles(size * order), _tiles(size * order)
     tA, adjoint, tgA = _tiles((high - low) * order), _tiles((high - low) * order), _tiles((high - low) * order)
     for v in range(low, high):
       first = g * width + v * LANES
       own = tA[(v - low) * order : (v - low + 1) * order]
-      _load_A(own, A, s // (u.shape[0] // A.shape[0]), first, min(LANES, (g + 1) * width - first))
+      _load_A(own, A, a, first, min(LANES, (g + 1) * width - first))
     at_h, at_decay, at_vB, at_vC = h.ctypes.data, decay.ctypes.data, vB.ctypes.data, vC.ctypes.data
-    tile = 4 * LANES * order
-    for chunk in range(states.shape[1] - 1, -1, -1):
-      start = chunk * CHUNK
-      steps = min(CHUNK, length - start)
-      vB[:], vC[:] = 0, 0
-      for v in range(low, high):
-        first = g * width + v * LANES
-        count, own = min(LANES, (g + 1) * width - first), tile * (v - low)
-        h[:order] = states[s, chunk, g * vectors + v]
+    for s in range(a * sequences + sequences * run // runs, a * sequences + sequences * (run + 1) // runs):
+      adjoint[:] = 0
+      for chunk in range((length - 1) // CHUNK, -1, -1):
+        start = chunk * CHUNK
+        steps = min(CHUNK, length - start)
+        vB[:], vC[:] = 0, 0
+        for v in range(low, high):
+          first = g * width + v * LANES
+          count, own = min(LANES, (g + 1) * width - first), tile * (v - low)
+          if chunk > 0:
+            h[:order] = states[s, chunk - 1, g * vectors + v]
+          else:
+            h[:order] = 0
+          for k in range(steps):
+            t = length - 1 - start - k if reverse else start + k
+            x, token = 4 * ((s * length + t) * u.shape[2] + first), 4 * order * ((s * length + t) * groups + g)
+            _recur(
+              zoh, True, u.ctypes.data + x, d.ctypes.data + x, count, tA.ctypes.data + own, B.ctypes.data + token,
+              C.ctypes.data + token, np.float32(0) if resets[s, t] else np.float32(1), at_h + tile * k,
+              at_h + tile * (k + 1), at_decay + tile * k, order,
+            )  # fmt: skip
+          for k in range(steps - 1, -1, -1):
+            t = length - 1 - start - k if reverse else start + k
+            x, token = 4 * ((s * length + t) * u.shape[2] + first), 4 * order * ((s * length + t) * groups + g)
+            _adjoin(
+              zoh, u.ctypes.data + x, d.ctypes.data + x, gy.ctypes.data + x, count, tA.ctypes.data + own,
+              B.ctypes.data + token, C.ctypes.data + token, np.float32(0) if resets[s, t] else np.float32(1),
+              at_h + tile * k, at_h + tile * (k + 1), at_decay + tile * k, adjoint.ctypes.data + own, at_vB + tile * k,
+              at_vC + tile * k, tgA.ctypes.data + own, gu.ctypes.data + x, gd.ctypes.data + x, order,
+            )  # fmt: skip
         for k in range(steps):
           t = length - 1 - start - k if reverse else start + k
-          x, token = 4 * ((s * length + t) * u.shape[2] + first), 4 * order * ((s * length + t) * groups + g)
-          _recur(
-            zoh, True, u.ctypes.data + x, d.ctypes.data + x, count, tA.ctypes.data + own, B.ctypes.data + token,
-            C.ctypes.data + token, np.float32(0) if resets[s, t] else np.float32(1), at_h + tile * k,
-            at_h + tile * (k + 1), at_decay + tile * k, order,
-          )  # fmt: skip
-        for k in range(steps - 1, -1, -1):
-          t = length - 1 - start - k if reverse else start + k
-          x, token = 4 * ((s * length + t) * u.shape[2] + first), 4 * order * ((s * length + t) * groups + g)
-          _adjoin(
-            zoh, u.ctypes.data + x, d.ctypes.data + x, gy.ctypes.data + x, count, tA.ctypes.data + own,
-            B.ctypes.data + token, C.ctypes.data + token, np.float32(0) if resets[s, t] else np.float32(1),
-            at_h + tile * k, at_h + tile * (k + 1), at_decay + tile * k, adjoint.ctypes.data + own, at_vB + tile * k,
-            at_vC + tile * k, tgA.ctypes.data + own, gu.ctypes.data + x, gd.ctypes.data + x, order,
-          )  # fmt: skip
-      for k in range(steps):
-        t = length - 1 - start - k if reverse else start + k
-        for n in range(order):
-          total_B, total_C = np.float32(0), np.float32(0)
-          for j in range(LANES):
-            total_B += vB[k * order + n, j]
-            total_C += vC[k * order + n, j]
-          gB[part, s, t, g, n], gC[part, s, t, g, n] = total_B, total_C
+          for n in range(order):
+            total_B, total_C = np.float32(0), np.float32(0)
+            for j in range(LANES):
+              total_B += vB[k * order + n, j]
+              total_C += vC[k * order + n, j]
+            gB[part, s, t, g, n], gC[part, s, t, g, n] = total_B, total_C
     for v in range(low, high):
       first = g * width + v * LANES
       for n in range(order):
         for j in range(min(LANES, (g + 1) * width - first)):
-          gA[s, n, first + j] = tgA[(v - low) * order + n, j]
+          gA[a, run, n, first + j] = tgA[(v - low) * order + n, j]
 
   return kernel

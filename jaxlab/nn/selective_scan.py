@@ -16,6 +16,7 @@ mode on CPU.
 """
 
 import functools
+import math
 from typing import Literal
 
 import jax
@@ -70,6 +71,8 @@ def selective_scan(
   if discretization not in ("mamba", "zoh"):
     raise ValueError(f"discretization: got {discretization!r}, expected 'mamba' or 'zoh'")
   *batch, length, channels = _shapes(u, delta, A, B, C, D, z, delta_bias, starts)
+  if u.size == 0:
+    return u
   groups = B.shape[-2] if B.ndim > u.ndim else 1
   dtype, wide = u.dtype, jnp.promote_types(u.dtype, jnp.float32)
   u, delta, A, B, C = (a.astype(wide) for a in (u, delta, A, B, C))
@@ -78,10 +81,11 @@ def selective_scan(
   resets = jnp.zeros((*batch, length), bool) if starts is None else starts
   if reverse:  # the step before a start, in the order of the array, is the first of its segment that is taken
     resets = jnp.concatenate([resets[..., 1:], jnp.ones_like(resets[..., :1])], -1)
-  u_, delta_ = (a.reshape(-1, length, channels) for a in (u, delta))
-  B, C = (a.reshape(-1, length, groups, a.shape[-1]) for a in (B, C))
+  total = math.prod(batch)
+  u_, delta_ = (a.reshape(total, length, channels) for a in (u, delta))
+  B, C = (a.reshape(total, length, groups, A.shape[1]) for a in (B, C))
   form = _host_scan if _use_host(u) else chunked_scan
-  y = form(discretization == "zoh", reverse, u_, delta_, A, B, C, resets.reshape(-1, length)).reshape(u.shape)
+  y = form(discretization == "zoh", reverse, u_, delta_, A, B, C, resets.reshape(total, length)).reshape(u.shape)
   y = y if D is None else y + D.astype(wide) * u
   y = y if z is None else y * jax.nn.silu(z.astype(wide))
   return y.astype(dtype)
@@ -89,7 +93,7 @@ def selective_scan(
 
 def _use_host(u: Array) -> bool:
   """Whether to use host kernels, which compute in float32."""
-  return u.dtype == jnp.float32 and u.size > 0 and kernels.available()
+  return u.dtype == jnp.float32 and kernels.available()
 
 
 def _shapes(u, delta, A, B, C, D, z, delta_bias, starts):
@@ -178,9 +182,7 @@ def _scan_forward(zoh, reverse, *operands):
 
 def _scan_backward(zoh, reverse, saved, gy):
   operands, states = saved
-  gu, gd, gA, gB, gC = _backward(zoh, reverse)(*operands, states, gy)
-  gA = gA.reshape(operands[2].shape[0], -1, *gA.shape[1:]).sum(1)
-  return gu, gd, jnp.swapaxes(gA, 1, 2), gB, gC, None
+  return *_backward(zoh, reverse)(*operands, states, gy), None
 
 
 _scan.defvjp(_scan_forward, _scan_backward)
@@ -189,13 +191,13 @@ _scan.defvjp(_scan_forward, _scan_backward)
 @functools.cache
 def _forward(zoh, reverse):
   def call(u, d, A, B, C, resets):
-    (batch, length, channels), (groups, states) = u.shape, B.shape[2:]
+    (batch, length, channels), (groups, order) = u.shape, B.shape[2:]
     blocks = groups * host.blocks(channels // groups)
-    results = [
-      jax.ShapeDtypeStruct(u.shape, u.dtype),
-      jax.ShapeDtypeStruct((batch, host.chunks(length), blocks, states, host.LANES), u.dtype),
-    ]
-    return tuple(kernels.call(host.forward(zoh, reverse), results, u, d, A, B, C, resets, items=batch * blocks))
+    runs = min(batch // A.shape[0], 32)
+    states = (batch, host.stored(length), blocks, order, host.LANES)
+    results = [jax.ShapeDtypeStruct(shape, u.dtype) for shape in (u.shape, states)]
+    items, operands = A.shape[0] * blocks * runs, (u, d, A, B, C, resets, jnp.zeros(runs, "int32"))
+    return tuple(kernels.call(host.forward(zoh, reverse), results, *operands, items=items))
 
   return _batched(call)
 
@@ -203,34 +205,25 @@ def _forward(zoh, reverse):
 @functools.cache
 def _backward(zoh, reverse):
   def call(u, d, A, B, C, resets, states, gy):
-    (batch, _, channels), groups = u.shape, B.shape[2]
-    parts = host.splits(batch, groups, channels // groups)
-    results = [
-      jax.ShapeDtypeStruct(shape, u.dtype)
-      for shape in (u.shape, u.shape, (batch, A.shape[2], channels), (parts, *B.shape), (parts, *B.shape))
-    ]
-    items = batch * groups * parts
-    gu, gd, gA, gB, gC = kernels.call(
-      host.backward(zoh, reverse), results, u, d, A, B, C, resets, states, gy, items=items
-    )
-    return gu, gd, gA, gB.sum(0), gC.sum(0)
+    (batch, _, channels), groups, (axes, _, order) = u.shape, B.shape[2], A.shape
+    runs, parts = host.shares(batch // axes, groups, channels // groups)
+    shapes = u.shape, u.shape, (axes, runs, order, channels), (parts, *B.shape), (parts, *B.shape)
+    results = [jax.ShapeDtypeStruct(shape, u.dtype) for shape in shapes]
+    operands, items = (u, d, A, B, C, resets, states, gy), axes * groups * parts * runs
+    gu, gd, gA, gB, gC = kernels.call(host.backward(zoh, reverse), results, *operands, items=items)
+    return gu, gd, jnp.swapaxes(gA.sum(1), 1, 2), gB.sum(0), gC.sum(0)
 
   return _batched(call)
 
 
 def _batched(call):
-  """A call that `vmap` turns into one call of a larger batch, with an A for each element where that is mapped too."""
+  """A call that `vmap` turns into one call of a larger batch, with an A for each element."""
   call = jax.custom_batching.custom_vmap(call)
 
   @call.def_vmap
   def _(size, batched, *operands):
-    def fold(a, is_batched):
-      a = a if is_batched else jnp.broadcast_to(a, (size, *a.shape))
-      return a.reshape(-1, *a.shape[2:])
-
-    shared = not batched[2] and operands[2].shape[0] == 1
-    folded = [a if i == 2 and shared else fold(a, b) for i, (a, b) in enumerate(zip(operands, batched, strict=True))]
-    results = call(*folded)
+    operands = (a if b else jnp.broadcast_to(a, (size, *a.shape)) for a, b in zip(operands, batched, strict=True))
+    results = call(*(a.reshape(-1, *a.shape[2:]) for a in operands))
     return tuple(r.reshape(size, -1, *r.shape[1:]) for r in results), (True,) * len(results)
 
   return call
