@@ -99,17 +99,15 @@ def augmented(
   def train(variables, batch, key):
     params = variables["params"]
 
-    def view(collections, key):
-      source_key, dropout = jax.random.split(key)
-      logits, updated = net.apply(
+    logits, collections = [], {name: value for name, value in variables.items() if name != "params"}
+    for view in jax.random.split(key, samples):  # a scan would copy each view's features once more, to stack them
+      source_key, dropout = jax.random.split(view)
+      each, updated = net.apply(
         {"params": params, **collections}, batch.graph, features(batch, source_key), batch.operator,
         train=True, rngs={"dropout": dropout}, mutable=list(collections),
       )  # fmt: skip
-      return dict(updated), logits
-
-    collections = {name: value for name, value in variables.items() if name != "params"}
-    updated, logits = jax.lax.scan(view, collections, jax.random.split(key, samples))
-    return logits, updated
+      logits, collections = [*logits, each], dict(updated)
+    return jnp.stack(logits), collections
 
   def evaluate(variables, batch, key):
     return net.apply(variables, batch.graph, features(batch, key), batch.operator)
@@ -253,8 +251,8 @@ def learner(
   tx = optax.chain(optax.stateless(decay), optax.adam(learning_rate))
 
   def nll(logits, batch, mask):
-    each = optax.losses.softmax_cross_entropy_with_integer_labels(logits.astype("float32"), batch.labels)
-    return jnp.sum(each * mask, -1) / jnp.sum(mask)
+    log_p = jax.nn.log_softmax(logits.astype("float32"))[..., jnp.arange(batch.labels.shape[0]), batch.labels]
+    return -jnp.sum(log_p * mask, -1) / jnp.sum(mask)
 
   def init(key: Key[Array, ""], batch: Batch) -> Run:
     key, first = jax.random.split(key)
