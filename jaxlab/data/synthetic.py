@@ -1,9 +1,10 @@
-"""Random graphs: with communities and features to learn on, and plain ones of 10^4 to 10^7 edges to scale on.
+"""Random graphs: communities and features to learn on, tasks for graph networks, and plain graphs to scale on.
 
-NumPy throughout; every function of a seed gives the same graph on every machine.
+Plain ones may have 10^4 to 10^7 edges. NumPy throughout; every function of a seed gives the same graph on every machine.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse
@@ -182,6 +183,95 @@ def stochastic_blocks(sizes: Sequence[int], probabilities: Float[np.ndarray, "b 
     low.append(starts[a] + row)
     high.append(starts[b] + column)
   return node.undirected(np.concatenate(low), np.concatenate(high), int(starts[-1]))
+
+
+class Dictionaries(NamedTuple):
+  """Graphs of `dictionary_lookup`: the same 2n nodes and n^2 edges in each, other values.
+
+  Attributes:
+    nodes: [S, 2n, 2] (key, value); nodes 0 to n - 1 ask for a key and have the value n, which stands for none.
+    senders: [n^2] of each graph: nodes n to 2n - 1, which hold values.
+    receivers: [n^2], ascending: nodes 0 to n - 1.
+    labels: [S, n] the value of the key that node i asks for.
+  """
+
+  nodes: Int[np.ndarray, "s m 2"]
+  senders: Int[np.ndarray, " e"]
+  receivers: Int[np.ndarray, " e"]
+  labels: Int[np.ndarray, "s n"]
+
+
+def dictionary_lookup(size: int, num_graphs: int = 5000, *, seed: int = 0) -> Dictionaries:
+  """Host. Look up each key of a dictionary: a task for dynamic attention.
+
+  Brody, Alon and Yahav, "How Attentive are Graph Attention Networks?", ICLR 2022, arXiv:2105.14491, section 4.1. Every
+  node that asks sees every node that answers; a graph's values are a random permutation of 0 to n - 1.
+
+  Args:
+    size: n, number of keys and of values.
+    num_graphs: S.
+    seed: of the permutations.
+  """
+  checks.count("size", size, 1, 10_000)
+  checks.count("num_graphs", num_graphs, 1)
+  rng = np.random.default_rng(checks.count("seed", seed, 0))
+  keys = np.arange(size, dtype=np.int32)
+  labels = rng.permuted(np.tile(keys, (num_graphs, 1)), axis=1)
+  asking = np.stack([keys, np.full(size, size, np.int32)], axis=1)
+  answering = np.stack([np.broadcast_to(keys, labels.shape), labels], axis=2)
+  nodes = np.concatenate([np.broadcast_to(asking, answering.shape), answering], axis=1)
+  return Dictionaries(nodes, np.tile(keys + np.int32(size), size), np.repeat(keys, size), labels)
+
+
+class LabelledGraphs(NamedTuple):
+  """Graphs of `hetero_edge_count`, one after the other; node numbers start at 0 in each.
+
+  Attributes:
+    n_node: [S].
+    n_edge: [S].
+    labels: [sum of n_node] classes.
+    senders: [sum of n_edge].
+    receivers: [sum of n_edge], ascending in each graph.
+    targets: [S] how many edges join nodes of different classes.
+  """
+
+  n_node: Int[np.ndarray, " s"]
+  n_edge: Int[np.ndarray, " s"]
+  labels: Int[np.ndarray, " nodes"]
+  senders: Int[np.ndarray, " edges"]
+  receivers: Int[np.ndarray, " edges"]
+  targets: Int[np.ndarray, " s"]
+
+
+def hetero_edge_count(
+  num_classes: int, num_graphs: int = 5000, *, max_nodes: int = 50, seed: int = 0
+) -> LabelledGraphs:
+  """Host. Count the edges between nodes of different classes: a task for messages that see both ends.
+
+  The task of Lim et al., TMLR 2025, arXiv:2403.12529, as their code draws it: n uniform in 2 to `max_nodes`, the number
+  of directed edges uniform in n^2 // 4 to n^2, edges without repetition among the n^2 pairs (loops are possible),
+  classes uniform.
+
+  Args:
+    num_classes: c.
+    num_graphs: S.
+    max_nodes: largest n, at least 2.
+    seed: of everything.
+  """
+  checks.count("num_classes", num_classes, 1)
+  checks.count("num_graphs", num_graphs, 1)
+  checks.count("max_nodes", max_nodes, 2, 10_000)
+  rng = np.random.default_rng(checks.count("seed", seed, 0))
+  n_node = rng.integers(2, max_nodes + 1, num_graphs, dtype=np.int32)
+  n_edge = rng.integers(n_node**2 // 4, n_node**2 + 1, dtype=np.int32)
+  pairs = [np.sort(rng.choice(n * n, e, replace=False)) for n, e in zip(n_node.tolist(), n_edge.tolist(), strict=True)]
+  labels = rng.integers(0, num_classes, n_node.sum(), dtype=np.int32)
+  pair, size = np.concatenate(pairs), np.repeat(n_node, n_edge)
+  senders, receivers = (pair % size).astype(np.int32), (pair // size).astype(np.int32)
+  first = np.repeat(np.cumsum(n_node) - n_node, n_edge)
+  differ = labels[senders + first] != labels[receivers + first]
+  ends = np.concatenate([[0], np.cumsum(differ)])[np.concatenate([[0], np.cumsum(n_edge)])]
+  return LabelledGraphs(n_node, n_edge, labels, senders, receivers, np.diff(ends).astype(np.int32))
 
 
 def _inverse(cumulative: np.ndarray, at: np.ndarray) -> np.ndarray:

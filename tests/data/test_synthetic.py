@@ -104,3 +104,60 @@ def test_stochastic_blocks_have_their_densities():
   for bad in (p[:2], p + 1, p + np.triu(np.full((3, 3), 1e-3), 1) * (p < 0.5)):
     with pytest.raises(ValueError, match="^probabilities: got"):
       synthetic.stochastic_blocks(sizes, bad)
+
+
+def test_dictionaries_hold_a_permutation_each():
+  graphs = synthetic.dictionary_lookup(4, 3000, seed=1)
+  assert graphs.nodes.shape == (3000, 8, 2) and graphs.labels.shape == (3000, 4)
+  assert {array.dtype for array in graphs} == {np.dtype("int32")}
+  np.testing.assert_array_equal(graphs.nodes[:, :4, 0], np.tile(range(4), (3000, 1)))
+  np.testing.assert_array_equal(graphs.nodes[:, 4:, 0], np.tile(range(4), (3000, 1)))
+  assert (graphs.nodes[:, :4, 1] == 4).all()  # no value
+  np.testing.assert_array_equal(graphs.nodes[:, 4:, 1], graphs.labels)
+  pairs = set(zip(graphs.senders.tolist(), graphs.receivers.tolist(), strict=True))
+  assert pairs == {(value, key) for value in range(4, 8) for key in range(4)} and (np.diff(graphs.receivers) >= 0).all()
+  _, counts = np.unique(graphs.labels, axis=0, return_counts=True)
+  assert len(counts) == 24 and np.abs(counts - 125).max() < 5 * np.sqrt(125)  # all permutations, evenly
+
+
+def test_hetero_edge_count_against_a_loop():
+  graphs = synthetic.hetero_edge_count(3, 300, max_nodes=9, seed=2)
+  assert graphs.n_node.min() == 2 and graphs.n_node.max() == 9 and set(graphs.labels.tolist()) == {0, 1, 2}
+  assert (graphs.n_edge >= graphs.n_node**2 // 4).all() and (graphs.n_edge <= graphs.n_node**2).all()
+  assert (graphs.n_edge == graphs.n_node**2).any() and (graphs.n_edge == graphs.n_node**2 // 4).any()  # both ends
+  node = edge = loops = 0
+  for n, e, target in zip(graphs.n_node, graphs.n_edge, graphs.targets, strict=True):
+    labels = graphs.labels[node : node + n]
+    senders, receivers = graphs.senders[edge : edge + e], graphs.receivers[edge : edge + e]
+    pairs = list(zip(receivers.tolist(), senders.tolist(), strict=True))
+    assert sorted(set(pairs)) == pairs and all(max(pair) < n for pair in pairs)
+    assert sum(labels[a] != labels[b] for a, b in pairs) == target
+    loops += sum(a == b for a, b in pairs)
+    node, edge = node + n, edge + e
+  assert node == len(graphs.labels) and edge == len(graphs.senders) and loops > 100
+
+
+def test_synthetic_tasks_follow_their_seed():
+  for sample in (
+    lambda s: synthetic.dictionary_lookup(5, 9, seed=s),
+    lambda s: synthetic.hetero_edge_count(2, 9, seed=s),
+  ):
+    one, again, other = sample(0), sample(0), sample(1)
+    for a, b in zip(one, again, strict=True):
+      np.testing.assert_array_equal(a, b)
+    assert any(a.shape != b.shape or (a != b).any() for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize(
+  "call, argument",
+  [
+    (lambda: synthetic.dictionary_lookup(0), "size"),
+    (lambda: synthetic.dictionary_lookup(3, 0), "num_graphs"),
+    (lambda: synthetic.dictionary_lookup(3, seed=-1), "seed"),
+    (lambda: synthetic.hetero_edge_count(0), "num_classes"),
+    (lambda: synthetic.hetero_edge_count(2, max_nodes=1), "max_nodes"),
+  ],
+)
+def test_synthetic_tasks_name_bad_arguments(call, argument):
+  with pytest.raises(ValueError, match=f"^{argument}: got "):
+    call()
