@@ -232,6 +232,7 @@ class Head(nn.Module):
     alpha, scale, offset, prior: alpha, scale, offset and pt above.
     learn_prior: pt is a function of H_i * H_j, not a constant.
     inner: how candidates are scored, see the module's docstring.
+    chunk: candidates scored at a time at the last level, to save memory; None for all at once.
     dtype: compute dtype.
     param_dtype: parameter dtype.
   """
@@ -250,6 +251,7 @@ class Head(nn.Module):
   prior: float = 0.5
   learn_prior: bool = False
   inner: Literal["official", "paper"] = "official"
+  chunk: int | None = None
   dtype: jax.typing.DTypeLike = "float32"
   param_dtype: jax.typing.DTypeLike = "float32"
 
@@ -276,6 +278,7 @@ class Head(nn.Module):
 
     self.product = block((norm,), tail)
     self.score = block((norm,) * (1 + self.two_layer_score), 1)
+    self.node = None
     if self.variant in ("cn1", "incn1cn1", "cn1.5", "cn1res") and self.node_residual:
       self.node = block((False, norm), None)
     if self.variant != "cn0":
@@ -304,27 +307,23 @@ class Head(nn.Module):
     """
     self._check(x, pairs)
     x = jnp.asarray(x, self.dtype)
-    return self._logits(x, None, pairs, train)
+    counts = self.variant in ("scn1", "sincn1cn1")  # a sum of ones
+    return self._logits(x, jnp.ones((x.shape[0], 1), x.dtype) if counts else self._residual(x, train), pairs, train)
+
+  def _residual(self, x, train):
+    """H'."""
+    return x + self.node(x, train) if self.node is not None else x
 
   def _logits(self, x, nodes, pairs, train):
-    """Logits from H and H', which is made here if it is None."""
+    """Logits from H and H', which is a one for each node where neighbours are counted."""
     x_ij = x[pairs.left] * x[pairs.right]
     h = self.product(x_ij, train)
     if self.variant == "cn0":
       return self.score(h, train)[:, 0]
-    if nodes is None:
-      if self.variant.startswith("s"):
-        nodes = jnp.ones((x.shape[0], 1), x.dtype)  # summed, they count
-      else:
-        nodes = x + self.node(x, train) if self.node_residual and self.variant != "cn2" else x
     s = sparse.propagate(pairs.common, nodes)
     if pairs.inner is not None:
       s = s + self._completion(x, x_ij, nodes, pairs, train)
     common = self.common(s, train)
-    missing = h.shape[0] - common.shape[0]
-    if missing:  # the pairs without common neighbours, which come last
-      nothing = self.common(jnp.zeros_like(s[:1]), train)
-      common = jnp.concatenate([common, jnp.broadcast_to(nothing, (missing, nothing.shape[1]))])
     beta = jnp.asarray(self.beta, h.dtype)
     if self.variant == "cn2":
       first, second, both = (sparse.propagate(op, nodes) for op in pairs.two_hop)
@@ -341,22 +340,51 @@ class Head(nn.Module):
 
   def _completion(self, x, x_ij, nodes, pairs, train):
     """Sum over the exclusive neighbours u of P_u H'_u."""
+    seen = nodes
     if self.inner == "paper":
-      logits = self._logits(x, nodes, pairs.inner, False)
-    else:
-      logits = self._logits(x if self.variant.startswith("s") else nodes, None, pairs.inner, train)
-    logits = jax.lax.stop_gradient(logits)[pairs.candidates]
+      train = False
+    elif self.variant == "incn1cn1":
+      x, seen = nodes, self._residual(nodes, train)
+    score = self._candidates if pairs.inner.inner is None else self._logits
+    logits = jax.lax.stop_gradient(score(x, seen, pairs.inner, train))[pairs.candidates]
     prior = self.prior
     if self.learn_prior:
       prior = nn.sigmoid(self.prior_of(x_ij, False).astype("float32"))[pairs.exclusive.rows, 0]
     p = calibrate(logits, prior, alpha=self.alpha, scale=self.scale, offset=self.offset)
     return sparse.propagate(pairs.exclusive, nodes, pairs.exclusive.values * p)
 
+  def _candidates(self, x, nodes, pairs, train):
+    """Logits at the last level, where `common` is evaluated only for pairs that have common neighbours, and once more
+    for all others."""
+    s = sparse.propagate(pairs.common, nodes)
+    common = self.common(jnp.concatenate([s, jnp.zeros_like(s[:1])]), train)
+    row = jnp.minimum(jnp.arange(pairs.left.shape[0]), s.shape[0])
+    if self.chunk is None or self.is_initializing():
+      return self._candidate(x, common, pairs.left, pairs.right, row, train)
+
+    frozen, variables = self.clone(parent=None), {"params": self.variables["params"]}
+    key = self.make_rng("dropout") if train and self.dropout > 0 else jax.random.key(0)
+
+    def part(i, left, right, row):
+      rngs = {"dropout": jax.random.fold_in(key, i)}
+      return frozen.apply(variables, x, common, left, right, row, train, rngs=rngs, method="_candidate")
+
+    count = -(-row.shape[0] // self.chunk)
+    split = lambda a: jnp.pad(a, (0, count * self.chunk - a.shape[0])).reshape(count, self.chunk)  # noqa: E731
+    parts = jnp.arange(count), split(pairs.left), split(pairs.right), split(row)
+    return jax.lax.map(lambda args: part(*args), parts).reshape(-1)[: row.shape[0]]
+
+  def _candidate(self, x, common, left, right, row, train):
+    h = self.product(x[left] * x[right], train)
+    return self.score(jnp.asarray(self.beta, h.dtype) * common[row] + h, train)[:, 0]
+
   def _check(self, x, pairs):
     if self.variant not in Variant.__args__:
       raise ValueError(f"variant: got {self.variant!r}, expected one of {Variant.__args__}")
     if self.inner not in ("official", "paper"):
       raise ValueError(f"inner: got {self.inner!r}, expected 'official' or 'paper'")
+    if self.chunk is not None and self.chunk < 1:
+      raise ValueError(f"chunk: got {self.chunk}, expected at least 1, or None")
     if self.depth < 0:
       raise ValueError(f"depth: got {self.depth}, expected 0 or more")
     if not 0 <= self.dropout < 1:

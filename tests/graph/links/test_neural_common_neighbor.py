@@ -184,6 +184,16 @@ def test_ncnc_is_ncn_with_candidates_as_constants(inner):
   )
 
 
+def test_chunks_of_candidates_change_memory_not_logits():
+  head, params, x, adjacency, ends, pairs = case(variant="incn1cn1", offset=0.0)
+  whole, parts = (
+    jax.jit(lambda p, x, pairs, head=head: head.apply({"params": p}, x, pairs)).lower(params, x, pairs).compile()
+    for head in (head, head.clone(chunk=20))
+  )
+  np.testing.assert_allclose(parts(params, x, pairs), whole(params, x, pairs), atol=1e-5)
+  assert parts.memory_analysis().temp_size_in_bytes < whole.memory_analysis().temp_size_in_bytes
+
+
 def test_deeper_completion_differs_and_at_depth_zero_is_ncn():
   head, params, x, adjacency, ends, _ = case(variant="incn1cn1", offset=1.5, scale=1.0)
   by_depth = [run(head.clone(depth=d), params, x, adjacency, ends) for d in (0, 1, 2)]
