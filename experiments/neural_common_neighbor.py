@@ -211,6 +211,8 @@ def report(result: dict[str, Any]) -> None:
     table.add_row(name, f"{metric['mean']:.2f}", f"{metric['std'] or 0.0:.2f}", str(published))
   rich.print(table)
   for one, other in (("NCN", "GAE"), ("NCNC", "NCN"), ("NCNC", "GAE"), ("NCN", "NCN, targets kept")):
+    if one not in rows or other not in rows:
+      continue
     difference = np.array(rows[one]["values"]) - np.array(rows[other]["values"])
     error = difference.std(ddof=1) / len(difference) ** 0.5 if len(difference) > 1 else 0.0
     rich.print(f"{one} minus {other}: {difference.mean():+.2f}, standard error {error:.2f}")
@@ -231,7 +233,7 @@ def main(config: Config) -> None:
     config = dataclasses.replace(config, seeds=10, ablation=True)
   methods = METHODS | (ABLATION if config.ablation else {})
   suffix = f"{'-' + config.inner if config.inner != 'official' else ''}{'-ablation' * config.ablation}"
-  folder = config.workdir / f"{config.dataset}-{config.seeds}{suffix}"
+  folder = config.workdir / f"{config.dataset}-{config.seeds}{f'-{config.epochs}' if config.epochs else ''}{suffix}"
   built = {name: " ".join(str(build(config, method)).split()) for name, method in methods.items()}
   record = settings(dataclasses.asdict(config) | {"methods": built})
   if (folder / "result.json").exists():
@@ -260,7 +262,11 @@ def main(config: Config) -> None:
     config=record,
     metrics={name: [c.best for c in runs] for name, runs in curves.items()}
     | counts
-    | {f"loss, {name}": [c.loss[-10:].mean() for c in curves[name]] for name in ("NCN", "NCN, targets kept")},
+    | {
+      f"loss, {name}": [c.loss[-10:].mean() for c in curves[name]]
+      for name in ("NCN", "NCN, targets kept")
+      if name in curves
+    },
     published={
       name: {"value": mean, "std": std, "source": "Wang et al. 2023"} for name, (mean, std) in published.items()
     },
