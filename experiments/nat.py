@@ -12,7 +12,8 @@ precision (AP) is given pooled over the test and, as published, as the mean over
 
 EdgeBank (Poursafaei et al., NeurIPS 2022) says yes where the pair has met before. Beside the plain form, which
 remembers everything, stands the best of four on validation: all or a window of time as long as the test, with or
-without regard to direction. The learning rate of NAT was picked on validation as well (`--tune`, result in `LEARNING_RATE`).
+without regard to direction. NAT's learning rate was picked on validation as well (`--tune`, result in
+`LEARNING_RATE`).
 """
 
 import dataclasses

@@ -319,30 +319,41 @@ def communities(
   return event_stream(senders + 1, receivers + 1, np.arange(1.0, num_events + 1), num_nodes=num_nodes)
 
 
-def open_triangles(rounds: int, *, seed: int = 0) -> tuple[EventStream, Int[np.ndarray, " e"], Bool[np.ndarray, " e"]]:
+def open_triangles(
+  rounds: int, together: int = 1, *, seed: int = 0
+) -> tuple[EventStream, Int[np.ndarray, " e"], Bool[np.ndarray, " e"]]:
   """Host. A stream in which only a common neighbour tells the next partner.
 
-  A round has six new nodes a, u, v, b, x, w and six events: (a, u) and (b, x), then (a, v) and (b, w), which leaves two
-  open triangles of the same history, then (u, v) and (x, w), which close them. The negative of u is w and that of x is
-  v, so that a receiver and its negative differ in nothing but whose neighbour they share.
+  A round has six new nodes a, u, v, b, x, w and three stages of two events: (a, u) and (b, x), then (a, v) and (b, w),
+  which leaves two open triangles of the same history, then (u, v) and (x, w), which close them. The negative of u is w
+  and that of x is v, so that a receiver and its negative differ in nothing but whose neighbour they share.
 
   Args:
     rounds: R, at least 1.
+    together: rounds that go through their stages side by side, a divisor of R: 2 * `together` events share a time, and
+      none of them depends on another.
     seed: of the ids and of the order of each couple of events.
 
   Returns:
     The stream of 6R events; a negative for each event, [E] int32; which events close a triangle, [E] bool.
+
+  Raises:
+    ValueError: an argument out of range.
   """
   checks.count("rounds", rounds, 1)
+  if rounds % checks.count("together", together, 1):
+    raise ValueError(f"together: got {together}, expected a divisor of the {rounds} rounds")
   rng = np.random.default_rng(checks.count("seed", seed, 0))
   a, u, v, b, x, w = rng.permutation(6 * rounds).reshape(6, rounds) + 1
-  senders, receivers, negatives = (
-    np.stack(rows).reshape(3, 2, rounds) for rows in ([a, b, a, b, u, x], [u, x, v, w, v, w], [x, u, w, v, w, v])
-  )  # [stage, couple, round]
+  stages = [a, b, a, b, u, x], [u, x, v, w, v, w], [x, u, w, v, w, v]  # senders, receivers, negatives of the couples
   swap = rng.random((3, 1, rounds)) < 0.5
-  parts = [np.where(swap, p[:, ::-1], p).transpose(2, 0, 1).reshape(-1) for p in (senders, receivers, negatives)]
-  times = np.repeat(np.arange(1.0, 3 * rounds + 1), 2)
-  closing = np.tile(np.repeat([False, False, True], 2), rounds)
+  parts = []
+  for rows in stages:
+    couples = np.stack(rows).reshape(3, 2, rounds)
+    swapped = np.where(swap, couples[:, ::-1], couples)
+    parts.append(swapped.reshape(3, 2, -1, together).transpose(2, 0, 3, 1).reshape(-1))
+  times = np.repeat(np.arange(1.0, 3 * rounds // together + 1), 2 * together)
+  closing = np.tile(np.repeat([False, False, True], 2 * together), rounds // together)
   return event_stream(parts[0], parts[1], times, num_nodes=6 * rounds), parts[2].astype(np.int32), closing
 
 
