@@ -185,6 +185,72 @@ def stochastic_blocks(sizes: Sequence[int], probabilities: Float[np.ndarray, "b 
   return node.undirected(np.concatenate(low), np.concatenate(high), int(starts[-1]))
 
 
+class Fans(NamedTuple):
+  """Edges from fans to the accounts that they follow, and the community of each account.
+
+  Attributes:
+    senders: [E] int64 fans, ascending.
+    receivers: [E] int32 accounts, ascending for each fan.
+    labels: [A] int32.
+  """
+
+  senders: Int[np.ndarray, " e"]
+  receivers: Int[np.ndarray, " e"]
+  labels: Int[np.ndarray, " a"]
+
+
+def fans(
+  num_accounts: int,
+  num_fans: int,
+  num_communities: int,
+  *,
+  mean_follows: float = 20.0,
+  loyalty: float = 0.8,
+  popularity_exponent: float = 2.5,
+  part: int = 0,
+  seed: int = 0,
+) -> Fans:
+  """Host. A bipartite graph of fans who follow accounts, mostly of one community: what a social network's stars see.
+
+  A fan has a uniformly random community and draws a Poisson number of accounts by popularity, each from this community
+  with probability `loyalty`, else from all; accounts drawn twice are followed once. Popularities follow a power law.
+
+  Args:
+    num_accounts: A.
+    num_fans: of this part.
+    num_communities: of accounts, of equal size up to one.
+    mean_follows: draws of a fan on average.
+    loyalty: see above.
+    popularity_exponent: of the power law, above 2; larger is more even.
+    part: fans of another part, numbered from `part * num_fans`, follow the same accounts: a graph larger than memory
+      is a sequence of parts.
+    seed: of everything.
+  """
+  checks.count("num_communities", num_communities, 1)
+  checks.count("num_accounts", num_accounts, num_communities, 2**31 - 1)
+  checks.count("num_fans", num_fans, 1)
+  checks.fraction("mean_follows", mean_follows, 0.0, 1e6)
+  checks.fraction("loyalty", loyalty)
+  checks.fraction("popularity_exponent", popularity_exponent, 2.0001, 1e6)
+  checks.count("part", part, 0)
+  rng = np.random.default_rng(checks.count("seed", seed, 0))
+  labels = rng.permutation(np.arange(num_accounts) % num_communities).astype(np.int32)
+  by_community = np.argsort(labels, kind="stable")
+  starts = np.searchsorted(labels[by_community], np.arange(num_communities + 1))
+  popularity = np.minimum(rng.pareto(popularity_exponent - 1, num_accounts) + 1, np.sqrt(num_accounts))
+  cumulative = np.concatenate([[0.0], np.cumsum(popularity[by_community])])
+
+  rng = np.random.default_rng([seed, 1 + part])
+  fan = np.repeat(np.arange(num_fans), rng.poisson(mean_follows, num_fans))
+  home = rng.integers(0, num_communities, num_fans)[fan]
+  loyal = rng.random(len(fan)) < loyalty
+  low = np.where(loyal, cumulative[starts[home]], 0)
+  high = np.where(loyal, cumulative[starts[home + 1]], cumulative[-1])
+  account = by_community[_inverse(cumulative, low + rng.random(len(fan)) * (high - low))]
+  edges = node.unique(fan * num_accounts + account)
+  return Fans(edges // num_accounts + part * num_fans, (edges % num_accounts).astype(np.int32), labels)
+
+
 class Dictionaries(NamedTuple):
   """Graphs of `dictionary_lookup`: the same 2n nodes and n^2 edges in each, other values.
 

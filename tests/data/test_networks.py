@@ -113,6 +113,11 @@ def test_email_format(tmp_path):
   network = networks.email_eu_core(tmp_path, published=False)
   assert network.labels.tolist() == [5, 4, 1, 0]
   assert network.adjacency.toarray().tolist() == [[0, 1, 0, 0], [1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 0, 0]]
+  directed = networks.email_eu_core_directed(tmp_path, published=False)
+  assert [part.tolist() for part in directed] == [[0, 1, 2, 3], [1, 0, 2, 1], [5, 4, 1, 0]]
+  (tmp_path / "email-Eu-core.txt").write_text("0 1\n4 2\n")
+  with pytest.raises(ValueError, match=r"got nodes 0 to 4, expected \[0, 4\)"):
+    networks.email_eu_core_directed(tmp_path, published=False)
   (tmp_path / "labels.txt").write_text("0 5\n2 1\n")
   with pytest.raises(ValueError, match="expected a label for each node id"):
     networks.email_eu_core(tmp_path, published=False)
@@ -133,6 +138,13 @@ def test_photo_format(tmp_path):
   (tmp_path / "adj.txt").write_text("0\n1\n")
   with pytest.raises(ValueError, match=r"expected \[0, 2\)"):
     networks.amazon_photo(tmp_path, published=False)
+
+
+@needs("embedding")
+def test_published_mails():
+  senders, receivers, labels = networks.email_eu_core_directed()
+  assert len(senders) == len(receivers) == 25571 and (senders == receivers).sum() == 642
+  assert len(labels) == 1005 and np.count_nonzero(np.bincount(receivers, minlength=1005) == 0) == 14
 
 
 @needs("embedding")

@@ -161,3 +161,45 @@ def test_synthetic_tasks_follow_their_seed():
 def test_synthetic_tasks_name_bad_arguments(call, argument):
   with pytest.raises(ValueError, match=f"^{argument}: got "):
     call()
+
+
+def test_fans_follow_their_community():
+  graph = synthetic.fans(1000, 5000, 20, mean_follows=8, loyalty=0.7, seed=3)
+  assert np.bincount(graph.labels).tolist() == [50] * 20 and graph.receivers.max() < 1000
+  keys = graph.senders * 1000 + graph.receivers
+  assert (np.diff(keys) > 0).all()  # sorted, none twice
+  degree = np.bincount(graph.senders, minlength=5000)
+  assert 7 < degree.mean() < 8  # what is drawn twice counts once
+  mine = np.zeros((5000, 20), int)
+  np.add.at(mine, (graph.senders, graph.labels[graph.receivers]), 1)
+  many = degree >= 6
+  share = mine[many].max(axis=1).sum() / mine[many].sum()
+  assert 0.65 < share < 0.78  # loyal draws, and strays into the own community
+  popular = np.sort(np.bincount(graph.receivers, minlength=1000))
+  assert popular[-10:].mean() > 3 * popular.mean()
+
+
+def test_fans_of_several_parts_share_accounts():
+  first, again, second = (synthetic.fans(100, 400, 4, part=part, seed=1) for part in (0, 0, 1))
+  for a, b in zip(first, again, strict=True):
+    np.testing.assert_array_equal(a, b)
+  np.testing.assert_array_equal(first.labels, second.labels)
+  assert first.senders.max() < 400 <= second.senders.min() and second.senders.max() < 800
+  counts = [np.bincount(part.receivers, minlength=100) for part in (first, second)]
+  assert np.corrcoef(counts)[0, 1] > 0.9  # popularity is the accounts'
+  assert len(first.receivers) != len(second.receivers) or (first.receivers != second.receivers).any()
+
+
+@pytest.mark.parametrize(
+  "changes, argument",
+  [
+    ({"num_accounts": 2}, "num_accounts"),
+    ({"num_fans": 0}, "num_fans"),
+    ({"loyalty": 1.5}, "loyalty"),
+    ({"popularity_exponent": 2.0}, "popularity_exponent"),
+    ({"part": -1}, "part"),
+  ],
+)
+def test_fans_name_bad_arguments(changes, argument):
+  with pytest.raises(ValueError, match=f"^{argument}: got "):
+    synthetic.fans(**({"num_accounts": 10, "num_fans": 5, "num_communities": 3} | changes))

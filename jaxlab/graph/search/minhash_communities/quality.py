@@ -149,12 +149,11 @@ def walktrap(weights: Float[np.ndarray, "n n"], *, length: int = 4) -> Int[np.nd
   degree = flow.sum(axis=1)
   walk = np.linalg.matrix_power(flow / degree[:, None], length) / np.sqrt(degree)
   label, size, near = np.arange(n), np.ones(n), w > 0
-  between = flow.copy()  # weight between communities; inside, twice over
-  np.fill_diagonal(between, 0)
+  between = w.copy()  # weight between communities; inside, twice over
   cost = np.full((n, n), np.inf)
   for i in range(n):
     cost[i, near[i]] = _increase(walk, size, i, near[i])
-  best, labels = _modularity(between, degree), label.copy()
+  best, labels = _modularity(between), label.copy()
   while np.isfinite(cost).any():
     i, j = sorted(int(end) for end in np.unravel_index(np.argmin(cost), cost.shape))
     walk[i] = (size[i] * walk[i] + size[j] * walk[j]) / (size[i] + size[j])
@@ -163,13 +162,12 @@ def walktrap(weights: Float[np.ndarray, "n n"], *, length: int = 4) -> Int[np.nd
     for table in (between, between.T):
       table[i] += table[j]
       table[j] = 0
-    degree[i], degree[j] = degree[i] + degree[j], 0
     near[i] |= near[j]
     near[i, [i, j]] = False
     near[:, i], near[j], near[:, j] = near[i], False, False
     cost[[i, j]], cost[:, [i, j]] = np.inf, np.inf
     cost[i, near[i]] = cost[near[i], i] = _increase(walk, size, i, near[i])
-    if (value := _modularity(between, degree)) > best:
+    if (value := _modularity(between)) > best:
       best, labels = value, label.copy()
   first, inverse = np.unique(labels, return_index=True, return_inverse=True)[1:]
   return np.argsort(np.argsort(first))[inverse]
@@ -180,8 +178,9 @@ def _increase(walk, size, i, others):
   return size[i] * size[others] / (size[i] + size[others]) * ((walk[others] - walk[i]) ** 2).sum(axis=1)
 
 
-def _modularity(between, degree):
-  return np.trace(between) / degree.sum() - ((degree / degree.sum()) ** 2).sum()
+def _modularity(between):
+  total = between.sum()
+  return (np.trace(between) - (between.sum(axis=1) ** 2).sum() / total) / total if total > 0 else 0.0
 
 
 def _check_weights(weights):
