@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxlab.data.node import NodeDataset, random_split, row_normalize_features, undirected
 
-_LOADERS = ("augment", "digits", "heterophilous", "images", "mnist5k", "networks", "planetoid", "synthetic")
+_LOADERS = ("augment", "digits", "heterophilous", "images", "mnist5k", "networks", "planetoid", "synthetic", "tu")
 __all__ = ["NodeDataset", "random_split", "row_normalize_features", "undirected", *_LOADERS]
 
 

@@ -18,7 +18,7 @@ import jraph
 import numba
 import numpy as np
 import scipy.sparse
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from jaxlab.graph import sparse, structure
 
@@ -319,8 +319,3 @@ def walk_bits(
               else:
                 edges[v, t, w, i] = starts[here] + e
   return bits, edges
-
-
-def walk_lengths(walks: Int[Array, "n t walks steps"]) -> Float[Array, "n t walks"]:
-  """Positions of each walk, its start included; 0 for a padding node."""
-  return (walks >= 0).sum(-1)

@@ -1,0 +1,115 @@
+"""GatedGCN and GINE against loops over edges."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlab.graph import layers, sparse, structure
+
+N, F = 9, 4
+
+
+@pytest.fixture(scope="module")
+def problem():
+  rng = np.random.default_rng(0)
+  pattern = rng.random((N, N)) < 0.3
+  np.fill_diagonal(pattern, False)
+  pattern[7] = pattern[:, 7] = False
+  receivers, senders = np.nonzero(pattern)
+  x, e = rng.standard_normal((N, F)).astype("float32"), rng.standard_normal((senders.size, F)).astype("float32")
+  return structure.from_edges(senders, receivers, num_nodes=N, nodes=x), x, e
+
+
+def randomize(variables, seed=0):
+  leaves, tree = jax.tree.flatten(variables)
+  rng = np.random.default_rng(seed)
+  return jax.tree.unflatten(tree, [rng.uniform(0.2, 1.2, leaf.shape).astype("float32") for leaf in leaves])
+
+
+def gated(p, stats, graph, x, e):
+  linear = lambda name, v: v @ p[name]["kernel"] + p[name]["bias"]  # noqa: E731
+  norm = lambda name, v: (  # noqa: E731
+    (v - stats[name]["mean"]) / np.sqrt(stats[name]["var"] + 1e-5) * p[name]["scale"] + p[name]["bias"]
+  )
+  to_gate, to_message = np.split(linear("sender", x), 2, axis=1)
+  gate = linear("receiver", x)[graph.receivers] + to_gate[graph.senders] + linear("edge", e)
+  eta = 1 / (1 + np.exp(-gate))
+  out = linear("root", x)
+  for v in range(N):
+    mine = graph.receivers == v
+    out[v] += (eta[mine] * to_message[graph.senders[mine]]).sum(0) / (eta[mine].sum(0) + 1e-6)
+  return x + np.maximum(norm("norm", out), 0), e + np.maximum(norm("edge_norm", gate), 0)
+
+
+def test_gated_gcn(problem):
+  graph, x, e = problem
+  layer = layers.GatedGCN(F)
+  variables = randomize(layer.init(jax.random.key(0), graph, x, e))
+  nodes, edges = jax.jit(layer.apply)(variables, graph, x, e)
+  expected = gated(variables["params"], variables["batch_stats"], graph, np.float64(x), np.float64(e))
+  np.testing.assert_allclose(nodes, expected[0], atol=1e-5)
+  np.testing.assert_allclose(edges, expected[1], atol=1e-5)
+
+
+def test_gated_gcn_without_edges_has_states_of_zero(problem):
+  graph, x, e = problem
+  with_edges = layers.GatedGCN(F)
+  variables = randomize(with_edges.init(jax.random.key(0), graph, x, e))
+  edge = variables["params"]["edge"] | {"bias": jnp.zeros(F)}
+  zeros = with_edges.apply(variables | {"params": variables["params"] | {"edge": edge}}, graph, x, 0 * e)
+  params = {name: p for name, p in variables["params"].items() if name != "edge"}
+  none = with_edges.apply(variables | {"params": params}, graph, x)
+  np.testing.assert_allclose(none[0], zeros[0], atol=1e-6)
+  np.testing.assert_allclose(none[1], zeros[1], atol=1e-6)
+
+
+def test_statistics_leave_padding_out(problem):
+  graph, x, e = problem
+  layer = layers.GatedGCN(F)
+  variables = layer.init(jax.random.key(0), graph, x, e)
+  padded = structure.pad(graph._replace(edges=e), nodes=15, edges=40)
+  train = lambda *args, **options: layer.apply(variables, *args, train=True, mutable=["batch_stats"], **options)  # noqa: E731
+  (nodes, edges), stats = train(graph, x, e)
+  far = jnp.where(structure.node_mask(padded)[:, None], padded.nodes, 100.0)
+  (wide, wide_edges), wide_stats = train(padded, far, padded.edges, mask=structure.node_mask(padded))
+  np.testing.assert_allclose(wide[:N], nodes, atol=1e-5)
+  np.testing.assert_allclose(wide_edges[: len(e)], edges, atol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), wide_stats, stats)
+
+
+def test_gradient_of_gated_gcn(problem):
+  graph, x, e = problem
+  layer = layers.GatedGCN(F, update_edges=False)
+  variables = randomize(layer.init(jax.random.key(0), graph, x, e))
+  direction = np.random.default_rng(1).standard_normal(x.shape).astype("float32")
+  f = lambda x: layer.apply(variables, graph, x, e)[0].sum()  # noqa: E731
+  slope = np.vdot(jax.jit(jax.grad(f))(x), direction)
+  full = dict(variables["params"], edge_norm=variables["params"]["norm"])
+  stats = dict(variables["batch_stats"], edge_norm=variables["batch_stats"]["norm"])
+  value = lambda x: gated(full, stats, graph, x, np.float64(e))[0].sum()  # noqa: E731
+  difference = (value(x + 1e-6 * np.float64(direction)) - value(x - 1e-6 * np.float64(direction))) / 2e-6
+  np.testing.assert_allclose(slope, difference, rtol=1e-3)
+
+
+@pytest.mark.parametrize("with_edges", [False, True])
+def test_gine(problem, with_edges):
+  graph, x, e = problem
+  layer = layers.GINEConv(lambda h: 2 * h, eps=0.3)
+  out = layer.apply({}, graph, x, e if with_edges else None)
+  expected = 1.3 * np.float64(x)
+  for sender, receiver, edge in zip(graph.senders, graph.receivers, e if with_edges else 0 * e, strict=True):
+    expected[receiver] += np.maximum(x[sender] + edge, 0)
+  np.testing.assert_allclose(out, 2 * expected, atol=1e-5)
+
+
+def test_rows_at_the_ends_of_edges(problem):
+  graph, x, _ = problem
+  op = sparse.operator(graph)
+  weight = np.random.default_rng(2).standard_normal((graph.senders.size, F)).astype("float32")
+  for pick, ends in ((layers.at_senders, graph.senders), (layers.at_receivers, graph.receivers)):
+    rows, back = jax.vjp(lambda x, pick=pick: pick(op, x), x)
+    np.testing.assert_array_equal(rows, x[ends])
+    expected = np.zeros_like(x)
+    np.add.at(expected, ends, weight)
+    np.testing.assert_allclose(back(weight)[0], expected, atol=1e-5)
