@@ -73,11 +73,13 @@ def neighbor_sets(
   """
   right = left if right is None else right
   ends = _ends(pairs, left.shape[0])
-  listed = _partition(*_rows(left), *_rows(right), *ends)
-  common, left_only, right_only = (
-    _matrix(starts, columns, left.shape[1]) for starts, columns in zip(*listed, strict=True)
-  )
-  return NeighborSets(common, left_only, right_only)
+  both_starts, both, starts, columns, from_right = _merge(*_rows(left), *_rows(right), *ends)
+  rows = np.repeat(np.arange(starts.size - 1), np.diff(starts))
+  sides = []
+  for side in (~from_right, from_right):
+    count = np.bincount(rows[side], minlength=starts.size - 1)
+    sides.append(_matrix(np.append(0, np.cumsum(count)).astype("int32"), columns[side], left.shape[1]))
+  return NeighborSets(_matrix(both_starts, both, left.shape[1]), *sides)
 
 
 def common_neighbors(
@@ -132,18 +134,17 @@ def _matrix(starts, columns, num_nodes):
 
 
 @numba.njit(cache=True, nogil=True)
-def _partition(starts, columns, right_starts, right_columns, left, right):
-  """Row starts and columns of the three sets: a merge of two sorted rows for each pair."""
+def _merge(starts, columns, right_starts, right_columns, left, right):
+  """Row starts and columns of the common entries and of all others, and which others are the right end's: one merge of
+  two sorted rows for each pair."""
   most, least = 0, 0
   for p in range(left.size):
     a = starts[left[p] + 1] - starts[left[p]]
     b = right_starts[right[p] + 1] - right_starts[right[p]]
     most += a + b
     least += min(a, b)
-  both, one, other = np.empty(least, np.int32), np.empty(most, np.int32), np.empty(most, np.int32)
-  both_starts = np.zeros(left.size + 1, np.int32)
-  one_starts, other_starts = both_starts.copy(), both_starts.copy()
-  x = y = z = 0
+  both, other, from_right = np.empty(least, np.int32), np.empty(most, np.int32), np.empty(most, np.bool_)
+  both_starts, other_starts, x, y = np.zeros(left.size + 1, np.int32), np.zeros(left.size + 1, np.int32), 0, 0
   for p in range(left.size):
     a, a_end = starts[left[p]], starts[left[p] + 1]
     b, b_end = right_starts[right[p]], right_starts[right[p] + 1]
@@ -152,20 +153,17 @@ def _partition(starts, columns, right_starts, right_columns, left, right):
       if u == v:
         both[x] = u
         x, a, b = x + 1, a + 1, b + 1
-      elif u < v:
-        one[y] = u
-        y, a = y + 1, a + 1
       else:
-        other[z] = v
-        z, b = z + 1, b + 1
-    for a_rest in range(a, a_end):
-      one[y] = columns[a_rest]
-      y += 1
-    for b_rest in range(b, b_end):
-      other[z] = right_columns[b_rest]
-      z += 1
-    both_starts[p + 1], one_starts[p + 1], other_starts[p + 1] = x, y, z
-  return (both_starts, one_starts, other_starts), (both[:x].copy(), one[:y].copy(), other[:z].copy())
+        other[y], from_right[y] = min(u, v), v < u
+        y, a, b = y + 1, a + (u < v), b + (v < u)
+    while a < a_end:
+      other[y], from_right[y] = columns[a], False
+      y, a = y + 1, a + 1
+    while b < b_end:
+      other[y], from_right[y] = right_columns[b], True
+      y, b = y + 1, b + 1
+    both_starts[p + 1], other_starts[p + 1] = x, y
+  return both_starts, both[:x].copy(), other_starts, other[:y].copy(), from_right[:y].copy()
 
 
 @numba.njit(cache=True, nogil=True)
@@ -210,7 +208,7 @@ class Pairs:
     mask: [P] real pairs.
     common: operator [Q, N]; row p sums over the common neighbours of pair p. Q is P, or at the last level below the
       first fewer: pairs from Q on have none.
-    exclusive: operator [P, N] over the left only, then the right only; None if not asked for.
+    exclusive: operator [P, N] over the left only and the right only; None if not asked for.
     candidates: [E'] int32; entry e of `exclusive`, a node u of pair (i, j), is about whether u and the end that it is
       not joined to are linked: pair `candidates[e]` of `inner`.
     inner: those pairs, each once and unordered, with sets of their own; None at the last level.
@@ -378,13 +376,12 @@ def _level(graph, ends, depth, exclusive, two_hop, draws, least, inner):
   extra = {}
   nested = Sizes() if least.inner is None else least.inner
   if depth or exclusive:
-    sets = neighbor_sets(graph, ends)
-    common = sets.common
-    sides = [_drawn(side, draws.max_exclusive, draws.rng) for side in sets[1:]]
-    starts, columns, values, partners = _join(*map(_entries, sides), *ends)
+    common, (starts, columns, values, from_right) = _split(graph, ends, draws)
     extra["exclusive"] = _operator(starts, columns, values, size, _fit(columns.size, least.exclusive), graph.shape[0])
     if depth:
-      low, high = np.minimum(columns, partners), np.maximum(columns, partners)
+      row = np.repeat(np.arange(starts.size - 1), np.diff(starts))
+      strangers = np.where(from_right, ends[0][row], ends[1][row])  # the end that the node is not a neighbour of
+      low, high = np.minimum(columns, strangers), np.maximum(columns, strangers)
       codes, inverse = np.unique(low.astype("int64") * graph.shape[0] + high, return_inverse=True)
       candidates = np.stack([codes // graph.shape[0], codes % graph.shape[0]]).astype("int32")
       extra["inner"], moved = _level(graph, candidates, depth - 1, False, False, draws, nested, inner=True)
@@ -408,6 +405,20 @@ def _level(graph, ends, depth, exclusive, two_hop, draws, least, inner):
     **extra,
   )
   return made, place
+
+
+def _split(graph, ends, draws):
+  """The common set as a matrix, and the exclusive ones together: starts, columns, weights, whether of the right end."""
+  if draws.max_exclusive is None:
+    both_starts, both, starts, columns, from_right = _merge(*_rows(graph), *_rows(graph), *ends)
+    return _matrix(both_starts, both, graph.shape[1]), (starts, columns, np.ones(columns.size, "float32"), from_right)
+  common, *sides = neighbor_sets(graph, ends)
+  sides = [_drawn(side, draws.max_exclusive, draws.rng) for side in sides]
+  rows = np.concatenate([np.repeat(np.arange(ends.shape[1]), np.diff(side.indptr)) for side in sides])
+  order = np.argsort(rows, kind="stable")
+  starts = (sides[0].indptr + sides[1].indptr).astype("int32")
+  columns, values = (np.concatenate([getattr(s, f) for s in sides])[order] for f in ("indices", "data"))
+  return common, (starts, columns.astype("int32"), values, order >= sides[0].nnz)
 
 
 def masked(graph: scipy.sparse.csr_array, keep: Bool[np.ndarray, " e"]) -> scipy.sparse.csr_array:
@@ -445,25 +456,6 @@ def _padded(values, size):
   out = np.zeros(size, "int32")
   out[: values.size] = values
   return out
-
-
-@numba.njit(cache=True, nogil=True)
-def _join(first, second, left, right):
-  """Rows of two matrices side by side, and for each entry the end of its pair that it is not a neighbour of."""
-  starts, columns, values = first
-  other_starts, other_columns, other_values = second
-  size = columns.size + other_columns.size
-  joined_starts, joined, partners = np.zeros_like(starts), np.empty(size, np.int32), np.empty(size, np.int32)
-  weights, x = np.empty(size, np.float32), 0
-  for p in range(starts.size - 1):
-    for e in range(starts[p], starts[p + 1]):
-      joined[x], weights[x], partners[x] = columns[e], values[e], right[p]
-      x += 1
-    for e in range(other_starts[p], other_starts[p + 1]):
-      joined[x], weights[x], partners[x] = other_columns[e], other_values[e], left[p]
-      x += 1
-    joined_starts[p + 1] = x
-  return joined_starts, joined, weights, partners
 
 
 def _operator(starts, columns, values, num_rows, num_entries, num_nodes):
