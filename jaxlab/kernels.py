@@ -144,7 +144,7 @@ def _pointer(typing_context, address, dtype):
 
 
 @intrinsic
-def _fetch_add(typing_context, address, amount):
+def fetch_add(typing_context, address, amount):
   """Adds atomically; returns the value before."""
 
   def codegen(context, builder, signature, args):
@@ -277,17 +277,17 @@ def max_lanes() -> int:
 def _work(block):
   shared = words(block)
   while True:
-    item = _fetch_add(block + 8 * _NEXT, 1)
+    item = fetch_add(block + 8 * _NEXT, 1)
     if item >= shared[_ITEMS]:
       break
     _call_2(shared[_KERNEL], item, shared[_FRAME])
-    _fetch_add(block + 8 * _FINISHED, 1)
+    fetch_add(block + 8 * _FINISHED, 1)
 
 
 @numba.njit(cache=True)
 def _leave(block):
   # A task that the pool starts late finds no item left, but must still find the block: the last owner frees it.
-  if _fetch_add(block + 8 * _OWNERS, -1) == 1:
+  if fetch_add(block + 8 * _OWNERS, -1) == 1:
     _free(block)
 
 
@@ -319,7 +319,7 @@ def _run(frame_address, kernel, task):
     _call_1(api[_API_SCHEDULE], request.ctypes.data)
   _work(block)
   # Items still open are running on other threads at this moment, so the wait is short and cannot deadlock.
-  while _fetch_add(block + 8 * _FINISHED, 0) < items:
+  while fetch_add(block + 8 * _FINISHED, 0) < items:
     _yield()
   _leave(block)
   return 0

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pathlib
+import tempfile
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -67,6 +68,15 @@ def _missing(argument: str, path: pathlib.Path, url: str, folder: str) -> str:
     f"{argument}: got no file {path}, expected it there; either download {url} to that place, "
     f"or set JAXLAB_DATA to a folder with {folder}/{path.name} in it"
   )
+
+
+def write(path: str | os.PathLike[str], fill: Callable[[pathlib.Path], object]) -> None:
+  """Host. Lets `fill` write a file next to `path`, then puts it there in one step: in full or not at all."""
+  path = pathlib.Path(path)
+  with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+    part = pathlib.Path(folder) / path.name
+    fill(part)
+    part.replace(path)
 
 
 def parse(path: pathlib.Path, read: Callable[[pathlib.Path], T], what: str) -> T:

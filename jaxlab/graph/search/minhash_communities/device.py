@@ -54,7 +54,8 @@ def gather(index: Index, seeds: Int[Array, " s"], *, size: int, bucket_size: int
   place = index.start[seeds][..., None] + jnp.arange(bucket_size)
   entry = index.order[jnp.arange(bands)[:, None], jnp.minimum(place, v - 1)]
   last = entry < 0
-  inside = jnp.cumsum(last, axis=-1) - last == 0  # no earlier entry closed the bucket
+  closed = last.any(axis=-1)
+  inside = jnp.arange(bucket_size) <= jnp.where(closed, jnp.argmax(last, axis=-1), bucket_size)[..., None]
   member = jnp.where(last, ~entry, entry)
   mask = jnp.zeros(v, bool).at[jnp.where(inside, member, v)].set(True, mode="drop").at[seeds].set(True)
   vertices = jnp.nonzero(mask, size=size, fill_value=v)[0].astype(jnp.int32)
@@ -63,7 +64,7 @@ def gather(index: Index, seeds: Int[Array, " s"], *, size: int, bucket_size: int
   if index.mask_empty:
     own = EMPTY - vertices.astype(jnp.uint32)  # above all hashes, and different
     signatures = jnp.where(signatures[:, :1] == EMPTY, own[:, None], signatures)
-  overflow = ~last.any(axis=-1).all() | (mask.sum() > size)
+  overflow = ~closed.all() | (mask.sum() > size)
   places = jnp.searchsorted(vertices, seeds).astype(jnp.int32)
   return Active(vertices, signatures, exists, places, overflow)
 
