@@ -10,14 +10,14 @@ self-loops, X the row-normalised features, G_i (the paper's X bar) generated one
 `samples`, T is `temperature`, lambda is `consistency`.
 
     cvae          the generator: `CVAE`, `negative_elbo`, `generate`
-    selection     when to stop training it: a scout network's disagreement U, as the Learner `selection`
+    selector      when to stop training it: a scout network's disagreement U, as the Learner `selection`
     networks      LA-GCN, LA-GAT, LA-GCNII, the OGB networks (GCN, SAGE, "average") and GRAND's MLP; `from_torch`
     training      consistency training of any of them as a Learner; the published recipes
 
 The decoder learns a neighbour from a centre but is used with each node as the centre: row i of G is an invented
 neighbour of i, in the place of i.
 
-Differs from the paper: U is the code's quantity, see `selection.uncertainty`. Differs from the official code: edges are
+Differs from the paper: U is the code's quantity, see `uncertainty`. Differs from the official code: edges are
 indexed in each batch, not copied into two matrices [E, F]; BCE is computed from logits and so never clamped; the best
 epoch keeps the key of its draws, from which the same draws follow, in place of the draws; for LA-GCNII it keeps those
 that gave the lowest loss (the official script draws once to measure and once more to keep); in the OGB form generation
@@ -36,7 +36,7 @@ from jaxlab.graph.nets.local_augmentation.networks import (
   official_init,
   random_propagation,
 )
-from jaxlab.graph.nets.local_augmentation.selection import Pairs, Scout, pairs, selection, uncertainty
+from jaxlab.graph.nets.local_augmentation.selector import Pairs, Scout, pairs, selection, uncertainty
 from jaxlab.graph.nets.local_augmentation.training import (
   RECIPES,
   Batch,
