@@ -139,7 +139,7 @@ def _begin(signatures, seeds, active, size, mask_empty):
   check_signatures(signatures)
   seeds = check_seeds(seeds, len(signatures))
   active = np.asarray(active)
-  if active.ndim != 1 or not np.issubdtype(active.dtype, np.integer) or (np.diff(active) <= 0).any():
+  if active.ndim != 1 or not np.issubdtype(active.dtype, np.integer) or (active[1:] <= active[:-1]).any():
     raise ValueError(f"active: got {active!r}, expected ascending vertex numbers")
   places = np.minimum(np.searchsorted(active, seeds), len(active) - 1)
   if not len(active) or (active[places] != seeds).any() or active[0] < 0 or active[-1] >= len(signatures):

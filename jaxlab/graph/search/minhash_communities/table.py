@@ -76,7 +76,7 @@ def check_seeds(seeds: Int[np.ndarray, " s"], num_vertices: int) -> Int[np.ndarr
   seeds = np.asarray(seeds)
   if seeds.ndim != 1 or not len(seeds) or not np.issubdtype(seeds.dtype, np.integer):
     raise ValueError(f"seeds: got {seeds!r}, expected vertex numbers, at least one")
-  if seeds.min() < 0 or seeds.max() >= num_vertices or len(np.unique(seeds)) < len(seeds):
+  if seeds.min() < 0 or seeds.max() >= num_vertices or len(set(seeds.tolist())) < len(seeds):
     raise ValueError(f"seeds: got {seeds}, expected different numbers in [0, {num_vertices})")
   return seeds.astype(np.int64)
 
