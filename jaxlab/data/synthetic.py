@@ -1,6 +1,7 @@
 """Random graphs: communities and features to learn on, tasks for graph networks, and plain graphs to scale on.
 
-Plain ones may have 10^4 to 10^7 edges. NumPy throughout; every function of a seed gives the same graph on every machine.
+Plain ones may have 10^4 to 10^7 edges. NumPy throughout; every function of a seed gives the same graph on every
+machine.
 """
 
 from collections.abc import Callable, Sequence
