@@ -99,13 +99,17 @@ class PreNormSIRGCN(nn.Module):
     x = gelu(drop(linear(self.hidden, "encoder")(graph.nodes)))
     for i in range(self.depth):
       y = norm(f"norm_{i}", x)
-      y = SIRConv(
-        self.hidden, self.hidden, "gelu", self.aggregation, self.message_dropout,
-        dtype=self.dtype, param_dtype=self.param_dtype, name=f"conv_{i}",
-      )(op, y, train=train)  # fmt: skip
+      y = self.convolution(f"conv_{i}")(op, y, train=train)
       y = linear(self.hidden, f"linear_{i}")(gelu(drop(y)))
       x = x + drop(y)
     return linear(self.num_outputs, "readout")(norm("readout_norm", x))
+
+  def convolution(self, name: str) -> nn.Module:
+    """What a block convolves with, called as a `SIRConv`; a baseline puts its own here."""
+    return SIRConv(
+      self.hidden, self.hidden, "gelu", self.aggregation, self.message_dropout,
+      dtype=self.dtype, param_dtype=self.param_dtype, name=name,
+    )  # fmt: skip
 
 
 class SIRGCN(nn.Module):
@@ -194,7 +198,7 @@ class SIRGCN(nn.Module):
       x = x + y if self.residual == "identity" else y
 
     if self.pool_first:
-      x, mask = self._pool(graph, x), graph.n_node > 0
+      x, mask = self._pool(graph, x), _graph_mask(graph)
     for j, width in enumerate(self.readout):
       x = linear(width, f"readout_{j}")(x)
       if self.pool_first:
@@ -284,6 +288,12 @@ class HeteroEdgeCount(nn.Module):
       x.astype("float32"), structure.graph_ids(graph), graph.n_node.shape[0], indices_are_sorted=True
     )
     return total.astype(self.dtype)
+
+
+def _graph_mask(graph):
+  """Which graphs of the tuple are real, by the conventions of `structure`."""
+  index = jnp.arange(graph.n_node.shape[0])
+  return index < jnp.max(jnp.where(graph.n_node > 0, index, 0)) if len(index) > 1 else index == 0
 
 
 def _check_network(net, graph, ndim):
