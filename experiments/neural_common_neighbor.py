@@ -159,25 +159,35 @@ def run(config: Config, method: Method, tasks: list[link_prediction.Task], folde
     batches = link_prediction.Batches(task, seed=seed, sizes=sizes, **options)
     steps = recipe.epochs * batches.steps
     place = folder / f"seed{seed}"
-    train.fit(
-      learner,
-      batches,
-      steps=steps,
-      workdir=place,
-      key=jax.random.key(seed),
-      evaluate_on=link_prediction.ranking(task, model.head.needs, sizes=ranked),
-      evaluate_every=batches.steps,
-      log_every=batches.steps,
-      save_every=max(1, steps // 4),
-      keep=1,
-      tensorboard=False,
-      config={"method": " ".join(str(method).split()), "recipe": str(recipe), "model": " ".join(str(model).split())},
-    )
+    record = {"method": " ".join(str(method).split()), "recipe": str(recipe), "model": " ".join(str(model).split())}
+    if not finished(place, record, steps):  # else nothing need be compiled for it
+      train.fit(
+        learner,
+        batches,
+        steps=steps,
+        workdir=place,
+        key=jax.random.key(seed),
+        evaluate_on=link_prediction.ranking(task, model.head.needs, sizes=ranked),
+        evaluate_every=batches.steps,
+        log_every=batches.steps,
+        save_every=max(1, steps // 4),
+        keep=1,
+        tensorboard=False,
+        config=record,
+      )
     metrics = train.read_metrics(place)
     curve = Curve(*(metrics[name][1] for name in ("eval_validation", "eval_test", "loss")))
     curves.append(curve._replace(validation=100 * curve.validation, test=100 * curve.test))
     rich.print(f"  seed {seed}: test Hits@{K} {curves[-1].best:.2f} %")
   return curves
+
+
+def finished(place: pathlib.Path, record: dict[str, str], steps: int) -> bool:
+  """Whether the folder holds a whole run of these settings."""
+  if not (place / "metrics.jsonl").exists() or json.loads((place / "config.json").read_text()) != record:
+    return False
+  evaluated = train.read_metrics(place).get("eval_test")
+  return evaluated is not None and evaluated[0][-1] == steps
 
 
 def draw(curves: dict[str, list[Curve]], counts: dict[str, np.ndarray], config: Config, folder: pathlib.Path) -> None:
