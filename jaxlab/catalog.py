@@ -60,7 +60,7 @@ SYSTEMS: tuple[System, ...] = (
   System("fast_fourier_cnn", "models", "FFDNN", "A Fast Fourier Convolutional Deep Neural Network For Accurate and Explainable Discrimination Of Wheat Yellow Rust And Nitrogen Deficiency From Sentinel-2 Time-Series Data", "2306.17207"),
   System("mip_hypernetwork", "models", "MIP", "Magnitude Invariant Parametrizations Improve Hypernetwork Learning", "2304.07645"),
   System("dagnn", "graph.nets", "DAGNN", "Towards Deeper Graph Neural Networks", "2007.09296", "done"),
-  System("sir_gcn", "graph.nets", "SIR-GCN", "Contextualized Messages Boost Graph Representations", "2403.12529"),
+  System("sir_gcn", "graph.nets", "SIR-GCN", "Contextualized Messages Boost Graph Representations", "2403.12529", "done"),
   System("graph_mamba", "graph.nets", "Graph Mamba", "Graph Mamba: Towards Learning on Graphs with State Space Models", "2402.08678"),
   System("large_graph_transformer", "graph.nets", "LargeGT", "Graph Transformers for Large Graphs", "2312.11109"),
   System("subgraph_equivariant", "graph.nets", "SPEN", "Subgraph Permutation Equivariant Networks", "2111.11840"),

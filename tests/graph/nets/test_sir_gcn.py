@@ -388,7 +388,7 @@ def test_padding_is_ignored_in_training_too(name):
   (a, statistics), (b, other) = (apply(variables, g) for g in (tight, loose))
   rows = 12 if name == "minesweeper" else 2
   np.testing.assert_allclose(a[:rows], b[:rows], atol=1e-4)  # molhiv normalises over two graphs
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), statistics, other)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), statistics, other)
   assert jax.tree.leaves(statistics)[0].any()
 
 
