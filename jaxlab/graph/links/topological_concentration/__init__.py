@@ -7,7 +7,7 @@ Wang, Zhao, Zhao, Liu, Cheng, Shah and Derr, "A Topological Perspective on Demys
 Performance", ICLR 2024, arXiv:2310.04612; code `YuWVandy/Topo_LP_GNN`. Symbols: K is `depth`, beta `decay`, N^t(i) the
 neighbours of i by edges of a split t (`targets`; train edges themselves by default), R's width d is `width`.
 
-    concentration    exact TC on the host, `concentration`; ATC on the device, `approximate`; the one-hop form with edge
+    measures         exact TC on the host, `concentration`; ATC on the device, `approximate`; the one-hop form with edge
                      weights, `weighted_concentration`; what a split changes, `shift`
     predictor        `LinkPredictor`, GCN or SAGE and an MLP on h_i * h_j; `reweight`, which moves message weight to
                      neighbours of high score, so that TC rises; a builder and a recipe for each published result
@@ -18,7 +18,7 @@ of both. The code has no ATC; it is written here from the paper. Differs from th
 neighbours are 0 where it divides by 0; the scores of edges that are never read are not computed.
 """
 
-from jaxlab.graph.links.topological_concentration.concentration import (
+from jaxlab.graph.links.topological_concentration.measures import (
   Shift,
   approximate,
   concentration,

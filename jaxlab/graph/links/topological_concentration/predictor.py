@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlab import interop
 from jaxlab.graph import layers, sparse
-from jaxlab.graph.links.topological_concentration.concentration import Receiver
+from jaxlab.graph.links.topological_concentration.measures import Receiver
 
 Conv = Literal["gcn", "sage"]
 

@@ -66,20 +66,48 @@ def concentration(
     raise ValueError(f"block: got {block}, expected a number of entries")
   starts, columns = _rows(graph)
   target_starts, target_columns = (starts, columns) if targets is None else _rows(targets)
-  inter, walks = np.zeros(n), np.zeros(n)
-  first = 0
-  while first < n:
-    if depth == 1:  # s is the adjacency itself
-      last, support = n, (starts, columns, np.ones(columns.size))
-    else:
-      last, *found = _supports(starts, columns, depth, float(decay), first, max(block, n))
-      support = tuple(found)
-    _overlaps(starts, columns, depth, float(decay), target_starts, target_columns, first, last, *support, inter, walks)
-    first = last
+  degree = np.diff(starts)
+  if depth == 1:
+    inter, walks = _common(starts, columns, target_starts, target_columns), degree
+  else:
+    inter, walks = np.zeros(n), np.zeros(n)
+    first = 0
+    while first < n:
+      last, *support = _supports(starts, columns, depth, float(decay), first, max(block, n))
+      _overlaps(
+        starts, columns, depth, float(decay), target_starts, target_columns, first, last, *support, inter, walks
+      )
+      first = last
   count, own = np.diff(target_starts), targets is None
   norm = count * (walks * np.sum(float(decay) ** np.arange(depth)) - own)
-  defined = (count > own) & (np.diff(starts) > 0)
+  defined = (count > own) & (degree > 0)
   return np.divide(inter, norm, out=np.zeros(n), where=defined)
+
+
+@numba.njit(cache=True, nogil=True)
+def _common(starts, columns, target_starts, target_columns):
+  """Sum over targets j of |N_i & N_j|: inter for one level."""
+  n = starts.size - 1
+  total, marked = np.zeros(n), np.full(n, -1, np.int32)
+  for i in range(n):
+    begin, end = starts[i], starts[i + 1]
+    if begin == end or target_starts[i] == target_starts[i + 1]:
+      continue
+    for e in range(begin, end):
+      marked[columns[e]] = i
+    shared = 0
+    for t in range(target_starts[i], target_starts[i + 1]):
+      j = target_columns[t]
+      a, last = starts[j], starts[j + 1]
+      if 8 * (end - begin) < last - a:  # the few neighbours of i are looked up among those of a hub
+        for e in range(begin, end):
+          a += np.searchsorted(columns[a:last], columns[e])
+          shared += a < last and columns[a] == columns[e]
+      else:
+        for b in range(a, last):
+          shared += marked[columns[b]] == i
+    total[i] = shared
+  return total
 
 
 @numba.njit(cache=True, nogil=True)
@@ -357,6 +385,8 @@ def _by_row(operator, degree):
 
 
 def _rows(matrix):
+  if not matrix.has_sorted_indices:
+    matrix = matrix.sorted_indices()
   return matrix.indptr.astype("int64", copy=False), matrix.indices.astype("int32", copy=False)
 
 
