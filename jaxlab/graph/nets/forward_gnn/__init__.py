@@ -5,8 +5,10 @@
     SF:  logits_i,c = z_i . z_{N+c},    loss_l = cross-entropy over training nodes,    predict sum_l softmax(logits_l)
 
 The virtual node of a class is linked with its training nodes, so that one forward pass both makes the class a vector
-and compares nodes with it. Park, Wang, Simoulin, Yang, Yang, Rossi, Trivedi and Ahmed, "Forward Learning of Graph Neural
-Networks", ICLR 2024, arXiv:2403.11004; code `facebookresearch/forwardgnn`.
+and compares nodes with it.
+
+Park, Wang, Simoulin, Yang, Yang, Rossi, Trivedi and Ahmed, "Forward Learning of Graph Neural Networks", ICLR 2024,
+arXiv:2403.11004; code `facebookresearch/forwardgnn`.
 
 | paper | here | trains |
 |---|---|---|

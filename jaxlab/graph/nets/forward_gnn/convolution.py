@@ -1,5 +1,6 @@
 """Graph convolutions on a graph with virtual nodes, in a form that lets a frozen input be aggregated once."""
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
@@ -91,7 +92,7 @@ def normalize(x: Some, squares: Float[Array, " nc"] | None = None) -> Some:
     real = x.real.replace_values(x.real.values * scale[x.real.rows])
     return Stacked(real, x.virtual * scale[n:, None])
   if isinstance(x, sparse.Operator):
-    return x.replace_values(x.values * scale[x.rows])
+    return x.replace_values(x.values * scale[x.rows])  # type: ignore[return-value]
   return (x.astype("float32") * scale[:, None]).astype(x.dtype)
 
 
@@ -157,17 +158,14 @@ class Conv(nn.Module):
     aggregated = [None] * len(blocks) if aggregated is None else aggregated
     if self.kind == "gat":
       return self._attend(graph, blocks)
-    parts = list(
-      zip(blocks, aggregated, self._kernels("linear" if self.kind == "gcn" else "neighbor", blocks), strict=True)
-    )
+    kernels = self._kernels("linear" if self.kind == "gcn" else "neighbor", blocks)
+    parts = list(zip(blocks, aggregated, kernels, strict=True))
     fresh = [product(x, kernel) for x, known, kernel in parts if known is None]
-    y = (
-      [aggregate(self.kind, graph, jnp.sum(jnp.stack(fresh), axis=0) if len(fresh) > 1 else fresh[0])] if fresh else []
-    )
+    y = [aggregate(self.kind, graph, functools.reduce(jnp.add, fresh))] if fresh else []
     y += [product(known, kernel) for _, known, kernel in parts if known is not None]
     if self.kind == "sage":
       y += [product(x, kernel) for x, kernel in zip(blocks, self._kernels("root", blocks), strict=True)]
-    return sum(y) + self._bias(blocks, self.features)
+    return functools.reduce(jnp.add, y) + self._bias(blocks, self.features)
 
   def _kernels(self, name, blocks, features=None):
     """The rows of one kernel that belong to each block."""

@@ -59,12 +59,12 @@ class Net:
     Raises:
       ValueError: node classification without a number of classes or (on the host) with too few, or links with one.
     """
-    if isinstance(task, NodeTask) != (self.num_classes is not None):
-      expected = "a number of classes" if isinstance(task, NodeTask) else "None"
-      raise ValueError(f"num_classes: got {self.num_classes} for a {type(task).__name__}, expected {expected}")
-    if self.num_classes is None or isinstance(task.labels, jax.core.Tracer):
-      return
-    if (least := int(task.labels.max()) + 1) > self.num_classes:
+    if isinstance(task, LinkTask):
+      if self.num_classes is not None:
+        raise ValueError(f"num_classes: got {self.num_classes} for link prediction, expected None")
+    elif self.num_classes is None:
+      raise ValueError("num_classes: got None for node classification, expected a number of classes")
+    elif not isinstance(task.labels, jax.core.Tracer) and (least := int(task.labels.max()) + 1) > self.num_classes:
       raise ValueError(f"num_classes: got {self.num_classes}, expected at least {least}, as the labels need")
 
 

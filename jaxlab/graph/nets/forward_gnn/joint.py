@@ -1,5 +1,6 @@
 """Algorithms that update all layers in every epoch: SF with top-down signals, its form for links, BP."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -190,7 +191,7 @@ def top_to_loss(net: Net, recipe: Recipe = Recipe(), *, clip: float = 1.0) -> Me
     states = bottom_up(net, params, given)
     below = [normalize(given.features), *states]
     means = [output(params[name], j, below[j], states, given.graph)[1] for j, name in enumerate(names)]
-    return sum(jax.nn.softmax(class_logits(mean, classes).astype("float32")) for mean in means)
+    return jnp.sum(jax.nn.softmax(jnp.stack([class_logits(m, classes) for m in means]).astype("float32")), axis=0)
 
   return method(net, Algorithm(init, update, predict), recipe)
 
@@ -236,18 +237,39 @@ class Sweeps(NamedTuple):
 
   def sums(self, params: Any, score: Callable[[Array], Array], sweeps: int, skip: int) -> Array:
     """Scores of all layers, summed over sweeps from the one numbered `skip`."""
+    states = self.first(params)
+    layer = self._with_constant_bottom(params)
 
     def sweep(carry, number):
       states, total = carry
-      states = self.visit(states, lambda j, blocks: _relu(self.conv, params[self.names[j]], self.graph, blocks))
-      return (states, total + (number >= skip) * jnp.sum(jnp.stack([score(z) for z in states]), axis=0)), None
+      states = self.visit(states, layer)
+      return (states, total + (number >= skip) * functools.reduce(jnp.add, map(score, states))), None
 
-    states = self.first(params)
     zero = jnp.zeros_like(score(states[0]))
     return jax.lax.scan(sweep, (states, zero), jnp.arange(sweeps))[0][1]
 
+  def _with_constant_bottom(self, params):
+    """Layers for fixed parameters: the first one's product with n(x), sparse and wide, is made once for all sweeps.
 
-def _alternating(net, recipe, sweeps, skip, draw, setting, loss, score) -> Method:
+    conv([n(x), a]) = conv([n(x), 0]) + conv([0, a]) - bias where the convolution is linear; attention is not.
+    """
+
+    def layer(j, blocks):
+      return _relu(self.conv, params[self.names[j]], self.graph, blocks)
+
+    if self.conv.kind == "gat" or len(self.names) == 1 and not self.top:
+      return layer
+    width, first = self.bottom.shape[1], params[self.names[0]]
+    below = {name: w if name == "bias" else w[:width] for name, w in first.items()}
+    above = {name: jnp.zeros_like(w) if name == "bias" else w[width:] for name, w in first.items()}
+    constant = apply(self.conv, below, self.graph, [self.bottom])
+    rest = lambda blocks: apply(self.conv, above, self.graph, blocks[1:])  # noqa: E731
+    return lambda j, blocks: jax.nn.relu(constant + rest(blocks)) if j == 0 else layer(j, blocks)
+
+
+def _alternating(
+  net: Net, recipe: Recipe, sweeps: int, skip: int, draw: Callable, setting: Callable, loss: Callable, score: Callable
+) -> Method:
   checks.count("sweeps", sweeps)
   if not 0 <= skip < sweeps:
     raise ValueError(f"skip: got {skip}, expected 0 to {sweeps - 1}, less than the sweeps")
