@@ -223,7 +223,7 @@ def _batched(call):
   @call.def_vmap
   def _(size, batched, *operands):
     operands = (a if b else jnp.broadcast_to(a, (size, *a.shape)) for a, b in zip(operands, batched, strict=True))
-    results = call(*(a.reshape(-1, *a.shape[2:]) for a in operands))
-    return tuple(r.reshape(size, -1, *r.shape[1:]) for r in results), (True,) * len(results)
+    results = call(*(a.reshape(size * a.shape[1], *a.shape[2:]) for a in operands))
+    return tuple(r.reshape(size, r.shape[0] // size, *r.shape[1:]) for r in results), (True,) * len(results)
 
   return call

@@ -45,7 +45,7 @@ def gated(p, stats, graph, x, e):
 def test_gated_gcn(problem):
   graph, x, e = problem
   layer = layers.GatedGCN(F)
-  variables = randomize(layer.init(jax.random.key(0), graph, x, e))
+  variables = randomize(jax.jit(layer.init)(jax.random.key(0), graph, x, e))
   nodes, edges = jax.jit(layer.apply)(variables, graph, x, e)
   expected = gated(variables["params"], variables["batch_stats"], graph, np.float64(x), np.float64(e))
   np.testing.assert_allclose(nodes, expected[0], atol=1e-5)
@@ -55,11 +55,11 @@ def test_gated_gcn(problem):
 def test_gated_gcn_without_edges_has_states_of_zero(problem):
   graph, x, e = problem
   with_edges = layers.GatedGCN(F)
-  variables = randomize(with_edges.init(jax.random.key(0), graph, x, e))
+  variables = randomize(jax.jit(with_edges.init)(jax.random.key(0), graph, x, e))
   edge = variables["params"]["edge"] | {"bias": jnp.zeros(F)}
-  zeros = with_edges.apply(variables | {"params": variables["params"] | {"edge": edge}}, graph, x, 0 * e)
+  zeros = jax.jit(with_edges.apply)(variables | {"params": variables["params"] | {"edge": edge}}, graph, x, 0 * e)
   params = {name: p for name, p in variables["params"].items() if name != "edge"}
-  none = with_edges.apply(variables | {"params": params}, graph, x)
+  none = jax.jit(with_edges.apply)(variables | {"params": params}, graph, x)
   np.testing.assert_allclose(none[0], zeros[0], atol=1e-6)
   np.testing.assert_allclose(none[1], zeros[1], atol=1e-6)
 
@@ -67,9 +67,11 @@ def test_gated_gcn_without_edges_has_states_of_zero(problem):
 def test_statistics_leave_padding_out(problem):
   graph, x, e = problem
   layer = layers.GatedGCN(F)
-  variables = layer.init(jax.random.key(0), graph, x, e)
+  variables = jax.jit(layer.init)(jax.random.key(0), graph, x, e)
   padded = structure.pad(graph._replace(edges=e), nodes=15, edges=40)
-  train = lambda *args, **options: layer.apply(variables, *args, train=True, mutable=["batch_stats"], **options)  # noqa: E731
+  train = jax.jit(
+    lambda *args, mask=None: layer.apply(variables, *args, train=True, mutable=["batch_stats"], mask=mask)
+  )
   (nodes, edges), stats = train(graph, x, e)
   far = jnp.where(structure.node_mask(padded)[:, None], padded.nodes, 100.0)
   (wide, wide_edges), wide_stats = train(padded, far, padded.edges, mask=structure.node_mask(padded))
@@ -81,10 +83,10 @@ def test_statistics_leave_padding_out(problem):
 def test_gradient_of_gated_gcn(problem):
   graph, x, e = problem
   layer = layers.GatedGCN(F, update_edges=False)
-  variables = randomize(layer.init(jax.random.key(0), graph, x, e))
+  variables = randomize(jax.jit(layer.init)(jax.random.key(0), graph, x, e))
   direction = np.random.default_rng(1).standard_normal(x.shape).astype("float32")
-  f = lambda x: layer.apply(variables, graph, x, e)[0].sum()  # noqa: E731
-  slope = np.vdot(jax.jit(jax.grad(f))(x), direction)
+  f = lambda x, op: layer.apply(variables, op, x, e)[0].sum()  # noqa: E731
+  slope = np.vdot(jax.jit(jax.grad(f))(x, sparse.operator(graph)), direction)
   full = dict(variables["params"], edge_norm=variables["params"]["norm"])
   stats = dict(variables["batch_stats"], edge_norm=variables["batch_stats"]["norm"])
   value = lambda x: gated(full, stats, graph, x, np.float64(e))[0].sum()  # noqa: E731

@@ -143,21 +143,23 @@ def test_zero_order_hold_is_exact_for_a_held_input(form):
 @pytest.mark.parametrize("reverse", [False, True])
 def test_segments_are_scanned_alone(form, reverse):
   inputs = arguments(8, 1, 90, 8, 2, 1)
-  cuts = [0, 1, 30, 33, 90]
+  cuts = [0, 1, 33, 90]
   starts = np.isin(np.arange(90), cuts)[None]
-  whole = selective_scan(**inputs, delta_softplus=True, starts=starts, reverse=reverse)
+  scan = jax.jit(functools.partial(selective_scan, delta_softplus=True, reverse=reverse))
+  whole = scan(**inputs, starts=starts)
   for a, b in zip(cuts, cuts[1:], strict=False):
     part = {name: v[:, a:b] if v.ndim > 2 else v for name, v in inputs.items()}
-    alone = selective_scan(**part, delta_softplus=True, reverse=reverse)
+    alone = scan(**part)
     np.testing.assert_allclose(whole[:, a:b], alone, atol=1e-6)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-def test_reverse_is_the_flipped_scan(form, reverse):
+def test_reverse_is_the_flipped_scan(form):
   inputs = arguments(9, 1, 50, 4, 2, 1)
   flipped = {name: v[:, ::-1] if v.ndim > 2 else v for name, v in inputs.items()}
-  a = selective_scan(**inputs, delta_softplus=True, reverse=reverse)
-  b = selective_scan(**flipped, delta_softplus=True, reverse=not reverse)
+  a, b = (
+    jax.jit(functools.partial(selective_scan, delta_softplus=True, reverse=r))(**i)
+    for i, r in ((inputs, False), (flipped, True))
+  )
   np.testing.assert_allclose(a, b[:, ::-1], atol=1e-6)
 
 
@@ -166,13 +168,13 @@ def test_outputs_see_no_later_token(form):
 
   def influence(reverse):
     f = lambda u: selective_scan(**inputs | {"u": u}, delta_softplus=True, reverse=reverse)[0, 40].sum()  # noqa: E731
-    return np.abs(jax.grad(f)(inputs["u"])[0]).sum(1) > 0
+    return np.abs(jax.jit(jax.grad(f))(inputs["u"])[0]).sum(1) > 0
 
   np.testing.assert_array_equal(influence(False), np.arange(70) <= 40)
   np.testing.assert_array_equal(influence(True), np.arange(70) >= 40)
 
 
-@pytest.mark.parametrize("mapped", [("u",), ("A",), ("u", "delta", "A", "B", "C"), ("D", "z")])
+@pytest.mark.parametrize("mapped", [("u",), ("A", "z"), ("u", "delta", "A", "B", "C")])
 def test_vmap_is_a_loop(form, mapped):
   inputs = arguments(11, 2, 35, 6, 2, 1)
   stacked = inputs | {name: np.stack([inputs[name] * s for s in (1.0, 0.5, 1.5)]).astype("float32") for name in mapped}
@@ -191,9 +193,10 @@ def test_vmap_is_a_loop(form, mapped):
 def test_narrow_inputs_are_scanned_in_float32(form):
   inputs = arguments(12, 1, 300, 4, 2, 1)
   narrow = {name: jnp.asarray(v, "bfloat16") for name, v in inputs.items()}
-  y = selective_scan(**narrow, delta_softplus=True)
+  scan = jax.jit(functools.partial(selective_scan, delta_softplus=True))
+  y = scan(**narrow)
   assert y.dtype == jnp.bfloat16
-  wide = selective_scan(**{name: v.astype("float32") for name, v in narrow.items()}, delta_softplus=True)
+  wide = scan(**{name: v.astype("float32") for name, v in narrow.items()})
   np.testing.assert_array_equal(y, wide.astype("bfloat16"))
 
 
@@ -206,12 +209,12 @@ def test_memory_is_linear_in_length_and_holds_no_state_for_each_step(form):
     own = 2 * host.scratch_bytes(length, channels, states) if form == "host" else 0  # of two threads
     return program.memory_analysis().temp_size_in_bytes + own
 
-  lengths = 1024, 2048, 4096
+  lengths = 512, 1024, 2048
   short, middle, long = map(bytes_of, lengths)
   every_state = 4 * 1024 * channels * states  # in 1024 steps
   slope = (long - short) / 3
   assert abs((middle - short) - slope) < 0.1 * slope
-  assert slope < 0.6 * every_state
+  assert slope < 0.3 * every_state
 
 
 def test_empty_batches_and_single_tokens(form):

@@ -10,9 +10,11 @@ algorithms 1 and 2; no official code is public. Symbols: T are the tokens of `gr
 Encodings (P of X || P) come from `graph.encodings`, as columns of the node features.
 
 Chosen where the paper does not say: the residual around a block; phi is gated graph convolutions on the induced
-subgraph, then mean || own node; later MPNNs read Y; mean pooling and an MLP for graphs. Ties of degree are in the order
-of node numbers, in training in a random one. Outputs follow a renumbering of the nodes exactly where `scores` are
-distinct and tokens are drawn with the nodes' keys; otherwise up to the order of ties.
+subgraph, whose own node is marked, then mean || own node; later MPNNs read Y; mean pooling and an MLP for graphs. The
+mark matters: gated convolution is a weighted mean, so that without it constant features stay constant, and tokens could
+not tell graphs apart that colour refinement cannot. Ties of degree are in the order of node numbers, in training in a
+random one. Outputs follow a renumbering of the nodes exactly where `scores` are distinct and tokens are drawn with the
+nodes' keys; otherwise up to the order of ties.
 """
 
 from typing import Any, Literal
@@ -263,6 +265,8 @@ class GINE(nn.Module):
 class SubgraphEncoder(nn.Module):
   """Mean of the members || the node itself -> linear, after gated graph convolutions on the induced subgraph, or none.
 
+  The token's own node is marked by a learned vector, added to its features.
+
   Attributes:
     features: d.
     dtype, param_dtype: as `GraphMamba`.
@@ -288,7 +292,9 @@ class SubgraphEncoder(nn.Module):
     train: bool = False,
   ) -> Float[Array, "nt d"]:
     """A vector for each token."""
-    h = sparse.propagate(tokens.members, x)
+    mark = self.param("mark", nn.initializers.normal(1.0), (self.features,), self.param_dtype)
+    first = jnp.diff(tokens.pool.rows, prepend=-1) > 0  # in its token
+    h = sparse.propagate(tokens.members, x) + jnp.where(first[:, None], mark.astype(self.dtype), 0)
     own_edges = None if edges is None else edges[tokens.edges]
     real = mask[tokens.members.columns]
     for i in range(self.convolutions):
