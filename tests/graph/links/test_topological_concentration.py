@@ -319,12 +319,15 @@ def net():
   return model, variables, task
 
 
+reweight = jax.jit(tc.reweight, static_argnums=0, static_argnames=("context", "receiver"))
+
+
 @pytest.mark.parametrize("receiver", ["neighbour", "centre"])
 def test_added_mass_is_alpha_times_the_centres_base_mass(net, receiver):
   """Per centre: over what it sends for the one, over what it receives for the other; and a softmax of the scores."""
   model, variables, task = net
   base = np.asarray(dense(task.operator, task.operator.values), "float64")
-  got = tc.reweight(model, variables, task.graph, task.operator, alpha=1.5, receiver=receiver)
+  got = reweight(model, variables, task.graph, task.operator, alpha=1.5, receiver=receiver)
   added = dense(task.operator, got) - base
   by_center = added.T if receiver == "neighbour" else added
   mass = base.sum(0) if receiver == "neighbour" else base.sum(1)
@@ -332,9 +335,11 @@ def test_added_mass_is_alpha_times_the_centres_base_mass(net, receiver):
   h = np.asarray(model.apply(variables, task.graph, method="encode"))
   degree = (base > 0).sum(1)
   center = (base > 0) / np.sqrt(np.outer(degree, degree)) @ h
+  products = jnp.asarray(center[:, None] * h[None], "float32").reshape(400, H)
+  scores = model.apply(variables, products, method="score").reshape(20, 20)
   for i in range(20):
     near = np.flatnonzero(base[i])
-    score = np.asarray(model.apply(variables, jnp.asarray(center[i] * h[near], "float32"), method="score"))
+    score = np.asarray(scores[i, near])
     share = np.exp(1 / (1 + np.exp(-score)))
     np.testing.assert_allclose(by_center[i, near], 1.5 * mass[i] * share / share.sum(), atol=1e-5)
 
@@ -342,7 +347,7 @@ def test_added_mass_is_alpha_times_the_centres_base_mass(net, receiver):
 def test_alpha_of_zero_changes_no_bit(net):
   model, variables, task = net
   for receiver in ("neighbour", "centre"):
-    weights = tc.reweight(model, variables, task.graph, task.operator, alpha=0.0, receiver=receiver)
+    weights = reweight(model, variables, task.graph, task.operator, alpha=0.0, receiver=receiver)
     np.testing.assert_array_equal(weights, task.operator.values)
   encode = jax.jit(functools.partial(model.apply, method="encode"))
   np.testing.assert_array_equal(
@@ -352,7 +357,7 @@ def test_alpha_of_zero_changes_no_bit(net):
 
 def test_weights_start_from_the_base_every_time(net):
   model, variables, task = net
-  again = functools.partial(tc.reweight, model, variables, task.graph, task.operator, alpha=1.0)
+  again = functools.partial(reweight, model, variables, task.graph, task.operator, alpha=1.0)
   once, twice = again(), again(weights=again())
   np.testing.assert_allclose(once.sum(), twice.sum(), rtol=1e-5)  # accumulated, it would be half as much again
   assert np.abs(once - twice).max() > 1e-6  # but scores do follow the weights in force
@@ -426,12 +431,12 @@ def test_loss_and_clipped_step(net):
   batches, _, step, state = started(net, clip=1e-3)
   batch = batches(0)
 
-  def loss(params):
-    logit = lambda pairs: model.apply({"params": params}, task.graph, pairs)  # noqa: E731
+  def loss(params, graph):
+    logit = lambda pairs: model.apply({"params": params}, graph, pairs)  # noqa: E731
     positive = jnp.log1p(jnp.exp(-logit(batch.positive))).mean()
     return (positive + jnp.log1p(jnp.exp(logit(batch.negative))).mean()) / 2
 
-  value, grads = jax.value_and_grad(loss)(state.trained.params)
+  value, grads = jax.jit(jax.value_and_grad(loss))(state.trained.params, task.graph)
   after, metrics = step(state, batch)
   assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-5)
   for name in ("encoder", "head"):

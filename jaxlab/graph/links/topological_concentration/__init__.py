@@ -14,8 +14,8 @@ neighbours of i by edges of a split t (`targets`; train edges themselves by defa
     training         `Batches` and `learner`; `rank_nodes` and `node_metrics`, the ranking of all nodes for each node
 
 Differs from the paper: the share is of tree(i) alone, with multiplicity, as in the code, and not of a general function
-of both. The code has no ATC; it is written here from the paper. Differs from the official code: entries without
-neighbours are 0 where it divides by 0; the scores of edges that are never read are not computed.
+of both. The code has no ATC; it is written here from the paper. Differs from the official code: weighted TC is 0 for
+nodes without neighbours, where it divides by 0; train edges are not ranked at evaluation.
 """
 
 from jaxlab.graph.links.topological_concentration.measures import (
