@@ -32,7 +32,7 @@ from jaxlab.train.result import settings
 
 OFFICIAL_SEEDS = (451235, 35631241, 2315, 346213456, 134)
 METHODS = ("initial averages", "minrank", "PageRank, seeds ranked too", "PageRank", "random candidates", "random order")
-BLOCK = 50_000  # fans in memory at a time
+BLOCK = 200_000  # fans in memory at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,8 @@ def rankings(index: mc.Index, seeds: np.ndarray, size: int, rng: np.random.Gener
     found["PageRank, seeds ranked too"] = mc.pagerank(*given, keep_seeds=True).vertices
     found["PageRank"] = mc.pagerank(*given).vertices
   found["random candidates"] = rng.permutation(np.setdiff1d(active, seeds))[:size]
-  found["random order"] = rng.permutation(np.setdiff1d(np.arange(len(index.signatures)), seeds))[:size]
+  drawn = rng.choice(len(index.signatures), size + len(seeds), replace=False)
+  found["random order"] = drawn[~np.isin(drawn, seeds)][:size]
   return found
 
 
@@ -141,10 +142,10 @@ class Stream:
     self.labels = np.zeros(0, np.int32)
 
   def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    block = min(BLOCK, self.fans)
-    for part in range(self.fans // block):
+    parts = -(-self.fans // BLOCK)
+    for part in range(parts):
       start = time.perf_counter()
-      senders, receivers, self.labels = synthetic.fans(self.accounts, block, self.communities, part=part)
+      senders, receivers, self.labels = synthetic.fans(self.accounts, self.fans // parts, self.communities, part=part)
       self.edges += len(senders)
       mine = self.watched[receivers]
       self.seen.append((senders[mine], receivers[mine]))

@@ -98,6 +98,17 @@ def test_any_stream_is_the_replay_and_merging_is_the_union(seed, count, edges, p
   np.testing.assert_array_equal(mc.merge(*signed), union)
 
 
+def test_hashes_beside_multiples_of_the_modulus():
+  prime, rng = 3000000019, np.random.default_rng(0)
+  times = np.concatenate([rng.integers(0, 2**64 // prime, 5000, dtype=np.uint64), np.array([0, 1, 2**64 // prime - 1])])
+  senders = (times.astype(np.uint64)[:, None] * np.uint64(prime) + np.arange(3, dtype=np.uint64)).reshape(-1)
+  senders = np.concatenate([senders, senders - np.uint64(1), np.array([2**64 - 1, 2**64 - 2**10], np.uint64)])
+  receivers = np.arange(len(senders))
+  for hashes in (mc.HashFamily(np.ones(1, np.uint64), np.zeros(1, np.uint64)), mc.hash_family(3)):
+    expected = replay(senders, receivers, len(senders), hashes)
+    np.testing.assert_array_equal(mc.signatures([(senders, receivers)], len(senders), hashes), expected)
+
+
 def test_a_stream_is_read_block_by_block():
   """A generator that would not fit: each block is gone before the next is made."""
   alive = []
