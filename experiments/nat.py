@@ -69,7 +69,7 @@ class Config:
 
 # Validation AP was highest with it (`--tune`).
 LEARNING_RATE = {"email-Enron": 1e-3}
-GRID = (1e-4, 3e-4, 1e-3, 3e-3)
+GRID = (3e-4, 1e-3, 3e-3, 1e-2)
 TEST_BATCH = 32
 Metrics = dict[str, float]
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 from numba import types
 
 from jaxlab import kernels
@@ -118,26 +118,24 @@ def insert(
   at: Int[Array, " r"],
   offered: Slots,
   hash_seed: Int[Array, ""],
-  replace_prob: float,
-  key: Key[Array, ""],
+  replace: Bool[Array, " r"],
 ) -> Slots:
   """Offers entries to dictionaries, in order: of several that are accepted for a slot the last one stays.
 
-  An entry is accepted by a slot that is free or has its key; by another with probability `replace_prob`. Free means
-  before the first of the offers.
+  An entry is accepted by a slot that is free or has its key, by another if it may replace keys. Free means before the
+  first of the offers.
 
   Args:
     stored: [D, M, ...], dictionaries of one hop.
     at: which of them each entry is offered to.
     offered: entries [R, ...]; those with key 0 are none.
     hash_seed: of the slots.
-    replace_prob: alpha.
-    key: decides about replacements.
+    replace: whether each entry may.
   """
   slot = slot_of(offered.key, hash_seed, stored.key.shape[1])
   held = stored.key[at, slot]
   occupied = (held != 0) & (held != offered.key)
-  accepted = (offered.key != 0) & (~occupied | (jax.random.uniform(key, held.shape) < replace_prob))
+  accepted = (offered.key != 0) & (~occupied | replace)
   row = jnp.where(accepted, jnp.arange(len(held)), -1)
   # A scatter does not say which of several writes to a place stays, a maximum does.
   newest = jnp.full(stored.key.shape, -1).at[at, slot].max(row)

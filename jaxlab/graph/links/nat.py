@@ -22,9 +22,10 @@ function is pure, and a batch reads the state that the batch before it wrote; gr
 
 Differs from the paper: keys are summed, not attended to, as in the official code, where the attention weights are
 computed but never used (`aggregation="attention"` uses them); the hash is the code's. Differs from the official code:
-ids are integers, not float32; unused weights are left out (186,297 of 404,308 for Wikipedia); vectors of empty slots
-are 0, not random (they are never read); with alpha = 0 free slots still fill; dropout and replacement draw anew in each
-epoch; after training the best epoch is taken even if no early stop occurred.
+ids are integers, not float32; of several writes to a slot the last wins, which torch only does with one thread; unused
+weights are left out (186,297 of 404,308 for Wikipedia); vectors of empty slots are 0, not random (they are never read);
+with alpha = 0 free slots still fill; dropout and replacement draw anew in each epoch; after training the best epoch is
+taken even if no early stop occurred.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -354,20 +355,19 @@ def changes(model: NAT, memory: Memory, events: Batches, read: Read, key: Key[Ar
     start = sum(model.sizes[:hop])
     return jax.tree.map(lambda a: a[:, start : start + model.sizes[hop]], slots)
 
-  hops = []
-  for hop, (size, hop_key) in enumerate(zip(model.sizes, jax.random.split(key, len(model.sizes)), strict=True)):
-    if hop == 0:
-      at, offered = last, Slots(own, edge, time, refreshed[:, 0])
-    elif hop == 1:
-      mine = part(stored._replace(rep=refreshed), 1)
-      slot = slot_of(other(own), memory.hash_seed, size)
-      known = mine.key[row, slot] == other(own)
-      at, offered = last, Slots(other(own), edge, time, mine.rep[row, slot] * known[:, None])
-    else:
-      offers = part(stored._replace(rep=refreshed), 1)
-      at = jnp.repeat(other(last), model.sizes[1])
-      offered = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), offers)
-    hops.append(insert(part(stored, hop), at, offered, memory.hash_seed, model.replace_prob, hop_key))
+  offers = [(last, Slots(own, edge, time, refreshed[:, 0]))]
+  if len(model.slots) > 0:
+    mine = part(stored._replace(rep=refreshed), 1)
+    slot = slot_of(other(own), memory.hash_seed, model.sizes[1])
+    known = mine.key[row, slot] == other(own)
+    offers.append((last, Slots(other(own), edge, time, mine.rep[row, slot] * known[:, None])))
+  if len(model.slots) > 1:
+    offers.append((jnp.repeat(other(last), model.sizes[1]), jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), mine)))
+  ends = np.cumsum([len(at) for at, _ in offers]).tolist()
+  replace = jnp.split(jax.random.uniform(key, (ends[-1],)) < model.replace_prob, ends[:-1])
+  hops = [
+    insert(part(stored, hop), at, offered, memory.hash_seed, replace[hop]) for hop, (at, offered) in enumerate(offers)
+  ]
   written = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *hops)
 
   nobody = len(memory.self_rep)  # out of range: dropped

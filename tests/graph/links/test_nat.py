@@ -326,60 +326,63 @@ def test_scores_do_not_depend_on_later_batches():
 def test_gradients_do_not_cross_batches():
   params, tables, stream = material(40, 5)
   memory, key = nat.reset(MODEL, NODES, 7), jax.random.key(0)
-  through = jax.grad(lambda p: nat.stream(MODEL, p, memory, tables, stream, key)[1][-1].sum())
-  before, _ = nat.stream(MODEL, params, memory, tables, jax.tree.map(lambda a: a[:-1], stream), key)
-  alone = jax.grad(lambda p: MODEL.apply({"params": p}, before, tables, at(stream, -1))[0].sum())
-  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-4), through(params), alone(params))
-  state = jax.jacrev(lambda p: nat.stream(MODEL, p, memory, tables, at_range(stream, 3), key)[0].self_rep)(params)
-  assert not any(np.any(leaf) for leaf in jax.tree.leaves(state))
+  before, _ = RUN(params, memory, tables, jax.tree.map(lambda a: a[:40], stream), key)
 
+  def end(params):
+    after, logits = nat.stream(MODEL, params, before, tables, jax.tree.map(lambda a: a[:2], stream), key)
+    return logits[-1].sum() + after.self_rep.sum() + after.slots.rep.sum()
 
-def at_range(stream, stop):
-  return jax.tree.map(lambda a: a[:stop], stream)
+  first, _ = STEP({"params": params}, before, tables, at(stream, 0), key)
+  alone = lambda params: MODEL.apply({"params": params}, first, tables, at(stream, 1))[0].sum()  # noqa: E731
+  grads = jax.jit(lambda p: (jax.grad(end)(p), jax.grad(alone)(p)))(params)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-4), *grads)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.9])
 def test_replacement_frequency(alpha):
-  """5,000 events between nodes whose only slot is taken: 10,000 collisions."""
-  count, model = 5000, nat.NAT((1,), 2, 1, replace_prob=alpha)
-  memory = nat.reset(model, 2 * count + 1)
+  """Ten batches of 500 events between nodes whose only slot is taken: 10,000 collisions."""
+  count, model = 500, nat.NAT((1,), 2, 1, replace_prob=alpha)
   other = 2 * count + 1
-  taken = memory.slots._replace(key=memory.slots.key.at[:, 1].set(other))
-  memory = memory._replace(slots=taken)
-  ids = jnp.arange(1, 2 * count + 1)
+  empty = nat.reset(model, other)
+  taken = empty._replace(slots=empty.slots._replace(key=empty.slots.key.at[:, 1].set(other)))
+  ids = jnp.arange(1, other)
   events = Batches(ids[:count], ids[count:], ids[count:], ids[:count], jnp.ones(count))
   everyone = jnp.concatenate([ids, ids[count:]])
-  read = nat.Read(
-    everyone, jax.tree.map(lambda a: a[everyone], taken), jnp.zeros((3 * count, 2, 1)), jnp.zeros((3 * count, 2))
-  )
-  for seed in range(3 if alpha == 0 else 1):
+
+  @jax.jit
+  def keys_after(memory, seed):
+    slots = jax.tree.map(lambda a: a[everyone], memory.slots)
+    read = nat.Read(everyone, slots, jnp.zeros((3 * count, 2, 1)), jnp.zeros((3 * count, 2)))
     memory = nat.write(memory, nat.changes(model, memory, events, read, jax.random.key(seed)))
-  kept = np.asarray(memory.slots.key[1 : 2 * count + 1, 1]) == other
-  deviation = (alpha * (1 - alpha) * 2 * count) ** 0.5
-  assert abs((~kept).sum() - alpha * 2 * count) <= 3 * deviation
-  # Free slots fill whatever alpha is.
-  empty = nat.reset(model, 2 * count + 1)
-  read = read._replace(slots=jax.tree.map(lambda a: a[everyone], empty.slots))
-  filled = nat.write(empty, nat.changes(model, empty, events, read, jax.random.key(0)))
-  assert np.all(filled.slots.key[1 : 2 * count + 1, 1] != 0)
+    return memory.slots.key[1:other, 1]
+
+  partner = np.roll(ids, count)
+  assert np.array_equal(keys_after(empty, 0), partner)  # free slots fill whatever alpha is
+  found = np.stack([keys_after(taken, seed) for seed in range(10)])
+  assert np.all((found == other) | (found == partner))
+  assert abs((found == partner).sum() - 1e4 * alpha) <= 3 * (1e4 * alpha * (1 - alpha)) ** 0.5
 
 
-def test_padding_changes_nothing():
+def test_training_ignores_padding():
+  """Loss and memory of the first batch are those of the batch without padding; nobody's row stays empty."""
   params, tables, stream = material(40, 5)
-  padded = Batches(*(np.pad(a, ((0, 0), (0, 3))) for a in stream))
-  tx, key = optax.sgd(0.1), jax.random.key(0)
-  model = MODEL.clone(dropout=0.0)
-  train_stream = jax.jit(functools.partial(nat.train_stream, model, tx))
+  padded = Batches(*(np.pad(a[:3], ((0, 0), (0, 3))) for a in stream))
+  tx, key, model = optax.sgd(0.0), jax.random.key(0), MODEL.clone(dropout=0.0)
   start = nat.Training(params, tx.init(params), nat.reset(model, NODES, 7))
-  one, two = train_stream(start, tables, stream, key), train_stream(start, tables, padded, key)
-  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-4), one, two)
-  assert np.all(np.asarray(two[0].memory.slots.key[0]) == 0) and not np.any(two[0].memory.self_rep[0])
+  end, losses = jax.jit(functools.partial(nat.train_stream, model, tx))(start, tables, padded, key)
+  memory, expected = start.memory, []
+  for i in range(3):
+    memory, logits = STEP({"params": params}, memory, tables, at(stream, i), key)
+    p = sigmoid(np.asarray(logits, "float64"))
+    expected.append(-np.log(p[0]).mean() - np.log(1 - p[1]).mean())
+  np.testing.assert_allclose(losses, expected, rtol=1e-4)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), end.memory, memory)
+  assert not np.any(end.memory.slots.key[0]) and not np.any(end.memory.self_rep[0])
 
 
-@pytest.mark.parametrize("nodes", [1000, 100_000])
-def test_memory_is_updated_in_place(nodes):
-  """A training scan needs no copy of the memory: its scratch does not grow with the number of nodes."""
-  model, tx, shape = nat.NAT((8, 4), 16), optax.adam(1e-3), jax.ShapeDtypeStruct
+def test_memory_is_updated_in_place():
+  """A training scan needs no copy of the memory: its scratch is far below one table of it."""
+  model, tx, shape, nodes = nat.NAT((8, 4), 16), optax.sgd(1e-3), jax.ShapeDtypeStruct, 100_000
   memory = jax.eval_shape(lambda: nat.reset(model, nodes))
   tables = nat.Tables(shape((nodes + 1, 1), "float32"), shape((50, 1), "float32"))
   batches = Batches(*[shape((3, 8), "int32")] * 4, shape((3, 8), "float32"))
@@ -394,43 +397,30 @@ def test_memory_is_updated_in_place(nodes):
 # ------------------------------------------------------------------------------------------------------------ learning
 
 
-def triangles(model, epochs, tmp_path):
-  stream, negatives, closing = temporal.open_triangles(640, 16, seed=0)
-  everything = np.ones(len(closing), bool)
-  late = np.arange(len(closing)) >= 5 * len(closing) // 6
+@pytest.mark.parametrize("slots", [(4, 2), ()])
+def test_common_neighbours_are_found_by_hops_alone(slots, tmp_path):
+  stream, negatives, closing = temporal.open_triangles(320, 16, seed=0)
+  late = np.arange(len(closing)) >= 1440  # of 1,920 events, 32 a stage
   arrange = lambda chosen: temporal.batches(stream, chosen, batch_size=32, seed=0, negatives=negatives)  # noqa: E731
   tables = nat.Tables(stream.node_features, stream.edge_features)
-  task = jax.tree.map(jnp.asarray, nat.Task(tables, arrange(everything & ~late), arrange(late)))
-  learner = nat.learner(model, optax.adam(3e-3), patience=epochs)
-  run = train.fit(
-    learner, task, steps=epochs, workdir=tmp_path, key=jax.random.key(0), progress=False, tensorboard=False
-  )
-  memory = nat.reset(model, stream.num_nodes, run.hash_seed)
-  test = arrange(closing & late)
-  full = arrange(everything)
-  _, logits = jax.jit(functools.partial(nat.stream, model))(run.best.params, memory, tables, full, jax.random.key(0))
-  chosen = np.isin(full.edges[:, 0], test.edges)
-  return float(nat.batch_average_precision(logits[chosen], at_mask(full, chosen))), run
-
-
-def at_mask(batches, chosen):
-  return jax.tree.map(lambda a: a[chosen], batches)
-
-
-def test_common_neighbours_are_found_by_hops_alone(tmp_path):
-  small = {"self_dim": 8, "position_dim": 4, "replace_prob": 1.0}
-  found, run = triangles(nat.NAT((4, 2), **small), 6, tmp_path / "hops")
-  blind, _ = triangles(nat.NAT((), **small), 6, tmp_path / "none")
-  assert found > 0.95
-  assert abs(blind - 0.5) < 0.1
-  assert int(run.epoch) == 6
+  task = jax.tree.map(jnp.asarray, nat.Task(tables, arrange(~late), arrange(late)))
+  model = nat.NAT(slots, 8, position_dim=4, replace_prob=1.0)
+  fit = functools.partial(train.fit, steps=12, workdir=tmp_path, key=jax.random.key(0), progress=False)
+  run = fit(nat.learner(model, optax.adam(3e-3), patience=12), task, tensorboard=False)
+  assert int(run.epoch) == 12
+  # Only a third of the events close a triangle; nothing tells the others from their negatives.
+  score = 3 * (float(run.best.average_precision) - 0.5 * 2 / 3)
+  if slots:
+    assert score > 0.95
+  else:
+    assert abs(score - 0.5) < 0.1
 
 
 @pytest.fixture(scope="module")
 def task():
   stream = temporal.communities(30, 600, num_communities=3)
   split = temporal.transductive_split(stream)
-  train_batches = temporal.batches(stream, split.train, batch_size=40, seed=0)
+  train_batches = temporal.batches(stream, split.train, batch_size=20, seed=0)
   validation = temporal.batches(stream, split.validation, batch_size=20, seed=1, destinations=split.history)
   return jax.tree.map(
     jnp.asarray, nat.Task(nat.Tables(stream.node_features, stream.edge_features), train_batches, validation)
@@ -441,28 +431,27 @@ def test_learner_keeps_the_best_epoch_and_stops(task):
   """With a learning rate of zero no epoch is better than the first: two are waited for, then steps change nothing."""
   model = nat.NAT((4, 3), 6, replace_prob=1.0)
   learner = nat.learner(model, optax.sgd(0.0), patience=2, tolerance=0.0)
-  step, run, seen = jax.jit(learner.step), learner.init(jax.random.key(0), task), []
+  run, step, seen = jax.jit(learner.init)(jax.random.key(0), task), jax.jit(learner.step), []
   for _ in range(5):
     run, metrics = step(run, task)
     seen.append((int(run.epoch), int(run.waited), bool(metrics["running"])))
   assert seen == [(1, 0, True), (2, 1, True), (3, 2, True), (3, 2, False), (3, 2, False)]
   # The best memory is that after validation.
-  start = nat.reset(model, 30, run.hash_seed)
-  through = functools.partial(nat.stream, model, run.best.params)
-  memory, _ = through(start, task.tables, task.train, jax.random.key(0))
-  memory, logits = through(memory, task.tables, task.validation, jax.random.key(0))
+  through = jax.jit(functools.partial(nat.stream, model))
+  memory, _ = through(run.best.params, nat.reset(model, 30, run.hash_seed), task.tables, task.train, jax.random.key(0))
+  memory, logits = through(run.best.params, memory, task.tables, task.validation, jax.random.key(0))
   jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), run.best.memory, memory)
-  np.testing.assert_allclose(nat.batch_average_precision(logits, task.validation), metrics["validation_ap"], atol=1e-6)
+  score = nat.batch_average_precision(logits, task.validation)
+  np.testing.assert_allclose(score, metrics["validation_ap"], atol=1e-6)
   assert learner.evaluate(run, task)["best_validation_ap"] == run.best.average_precision
 
 
-def test_seeds_train_together(task):
+def test_seeds_can_train_together(task):
   learner = train.over_seeds(nat.learner(nat.NAT((4, 3), 6), optax.adam(1e-2)))
-  runs = learner.init(jax.random.split(jax.random.key(0), 3), task)
-  assert len(set(np.asarray(runs.hash_seed).tolist())) > 1
-  runs, metrics = jax.jit(learner.step)(runs, task)
-  runs, later = jax.jit(learner.step)(runs, task)
-  assert np.all(later["loss"] < metrics["loss"]) and len(set(np.asarray(later["loss"]).tolist())) == 3
+  runs, metrics = jax.eval_shape(
+    lambda key: learner.step(learner.init(jax.random.split(key, 3), task), task), jax.random.key(0)
+  )
+  assert metrics["loss"].shape == (3,) and runs.best.memory.slots.key.shape == (3, 31, 8)
 
 
 def test_batch_average_precision_ignores_padding():
