@@ -65,7 +65,7 @@ SYSTEMS: tuple[System, ...] = (
   System("large_graph_transformer", "graph.nets", "LargeGT", "Graph Transformers for Large Graphs", "2312.11109"),
   System("subgraph_equivariant", "graph.nets", "SPEN", "Subgraph Permutation Equivariant Networks", "2111.11840"),
   System("local_augmentation", "graph.nets", "LAGNN", "Local Augmentation for Graph Neural Networks", "2109.03856", "done"),
-  System("forward_gnn", "graph.nets", "ForwardGNN", "Forward Learning of Graph Neural Networks", "2403.11004"),
+  System("forward_gnn", "graph.nets", "ForwardGNN", "Forward Learning of Graph Neural Networks", "2403.11004", "done"),
   System("oneforecast", "graph.nets", "OneForecast", "OneForecast: A Universal Framework for Global and Regional Weather Forecasting", "2502.00338"),
   System("recurrent_graph_evolution", "graph.nets", "ReGENN", "From Cities to Series: Complex Networks and Deep Learning for Improved Spatial and Temporal Analytics", "2206.01176"),
   System("graphfm", "graph.nets", "GraphFM", "GraphFM: A Comprehensive Benchmark for Graph Foundation Model", "2406.08310"),
