@@ -20,7 +20,7 @@ class NodeTask(NamedTuple):
   """Node classification on S splits.
 
   Attributes:
-    features: [N, F], rows that sum to 1, dense or sparse.
+    features: [N, F], dense or sparse; the paper's rows sum to 1.
     adjacency: [N, N], values 1, no self-loops.
     labels: [N] classes.
     train: [S, N] masks; likewise the next two.
@@ -66,7 +66,7 @@ class LinkTask(NamedTuple):
   weight 0, so that all of them run as one product.
 
   Attributes:
-    features: [N, F], rows that sum to 1, dense or sparse.
+    features: [N, F], dense or sparse; the paper's rows sum to 1.
     adjacency: [N, N], every edge in both directions.
     messages: [S, E] 1 for training edges, seen in training and validation; else 0.
     test_messages: [S, E] 1 for training and validation edges.
@@ -112,7 +112,7 @@ def node_task(
   labels: Int[np.ndarray, " n"],
   splits: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
 ) -> NodeTask:
-  """Host. A task from the arrays of a `data.NodeDataset` with row-normalised features.
+  """Host. A task from the arrays of a `data.NodeDataset`.
 
   Args:
     features: dense, or any scipy matrix, which stays sparse.
