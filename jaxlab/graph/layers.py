@@ -20,6 +20,7 @@ import jraph
 from jaxtyping import Array, Bool, Float
 
 from jaxlab.graph import sparse, structure
+from jaxlab.graph.gated import gated_mean
 from jaxlab.nn.dropout import dropout
 
 Graph: TypeAlias = jraph.GraphsTuple | sparse.Operator
@@ -316,15 +317,15 @@ class GatedGCN(nn.Module):
     """
     operator = as_operator(graph, x)
     linear = lambda size, name: Linear(size, True, "torch", self.dtype, self.param_dtype, name=name)  # noqa: E731
-    sent = at_senders(operator, linear(2 * self.features, "sender")(x))  # E x_j and B x_j together
-    gate, message = jnp.split(sent, 2, axis=-1)
-    gate = gate + at_receivers(operator, linear(self.features, "receiver")(x))
-    if edges is not None:
-      gate = gate + linear(self.features, "edge")(edges)
-    weight = nn.sigmoid(gate.astype("float32"))
-    sums = sparse.segment_sum(operator, jnp.concatenate([weight * message, weight], -1))
-    total, weights = jnp.split(sums, 2, axis=-1)
-    new_x = linear(self.features, "root")(x) + (total / (weights + 1e-6)).astype(self.dtype)
+    to_edges = None if edges is None else linear(self.features, "edge")(edges)
+    mean, gate = gated_mean(
+      operator,
+      linear(self.features, "receiver")(x),
+      linear(2 * self.features, "sender")(x),  # E x_j and B x_j together
+      to_edges,
+      gates=self.update_edges,
+    )
+    new_x = linear(self.features, "root")(x) + mean.astype(self.dtype)
 
     def finish(name, new, old, mask):
       if self.batch_norm:
@@ -336,9 +337,9 @@ class GatedGCN(nn.Module):
       return new + old if self.residual and old is not None and old.shape == new.shape else new
 
     new_x = finish("norm", new_x, x, mask)
-    if not self.update_edges:
+    if gate is None:
       return new_x, None
-    return new_x, finish("edge_norm", gate, edges, None if mask is None else mask[operator.rows])
+    return new_x, finish("edge_norm", gate.astype(self.dtype), edges, None if mask is None else mask[operator.rows])
 
 
 class GraphNorm(nn.Module):
@@ -385,15 +386,6 @@ def at_senders(operator: sparse.Operator, x: Float[Array, "n f"]) -> Float[Array
   order = operator.transpose_order
   select = sparse.Operator(
     every[:-1], operator.columns, _ones(operator), every, order, order, operator.transpose_starts
-  )  # fmt: skip
-  return sparse.propagate(select, x)
-
-
-def at_receivers(operator: sparse.Operator, x: Float[Array, "n f"]) -> Float[Array, "e f"]:
-  """x[receiver] of every edge, likewise."""
-  every = jnp.arange(operator.rows.shape[0] + 1, dtype="int32")
-  select = sparse.Operator(
-    every[:-1], operator.rows, _ones(operator), every, every[:-1], every[:-1], operator.row_starts
   )  # fmt: skip
   return sparse.propagate(select, x)
 

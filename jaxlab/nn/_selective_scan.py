@@ -20,16 +20,14 @@ import math
 
 import numba
 import numpy as np
-from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from jaxlab import kernels
+from jaxlab import kernels, lanes
+from jaxlab.lanes import LANES
 
 CHUNK = 32  # steps between stored states; the tiles of a chunk fit into the second-level cache
-LANES = 16  # channels in a vector
-_WORD = ir.IntType(64)
 
 
 def blocks(channels: int) -> int:
@@ -56,44 +54,6 @@ def scratch_bytes(length: int, channels: int, states: int) -> int:
   return 4 * LANES * states * (4 * min(length, CHUNK) + 1 + 3 * blocks(channels))
 
 
-class _Lanes(kernels.Vectors):
-  """Arithmetic on vectors of `LANES` channels."""
-
-  def __init__(self, builder):
-    super().__init__(builder, LANES)
-
-  def constant(self, value):
-    return ir.Constant(self.type, [value] * LANES)
-
-  def mul(self, a, b):
-    return self.builder.fmul(a, b, flags=("contract",))
-
-  def scalar(self, address, index):
-    """Vector of copies of the float at an index."""
-    place = self.builder.add(address, self.builder.mul(index, _WORD(4)))
-    return self.splat(self.builder.load(self.builder.inttoptr(place, ir.FloatType().as_pointer())))
-
-  def _call(self, name, *arguments):
-    function = ir.FunctionType(self.type, [self.type] * len(arguments))
-    name = f"llvm.{name}.v{LANES}f32"
-    return self.builder.call(cgutils.get_or_insert_function(self.builder.module, function, name), arguments)
-
-  def exp2(self, x):
-    """2^x and 2^x - 1 to float32's precision, x clipped to [-126, 126]."""
-    x = self._call("minnum", self._call("maxnum", x, self.constant(-126.0)), self.constant(126.0))
-    whole = self._call("floor", self.builder.fadd(x, self.constant(0.5)))
-    f = self.builder.fsub(x, whole)
-    power = self.constant(math.log(2) ** 6 / 720)  # 2^f - 1 = sum_i (ln 2)^i / i! f^i, to 2e-7 for |f| <= 1/2
-    for i in range(5, 0, -1):
-      power = self.multiply_add(power, f, self.constant(math.log(2) ** i / math.factorial(i)))
-    power = self.mul(power, f)
-    integers = ir.VectorType(ir.IntType(32), LANES)
-    exponent = self.builder.add(self.builder.fptosi(whole, integers), ir.Constant(integers, [127] * LANES))
-    scale = self.builder.bitcast(self.builder.shl(exponent, ir.Constant(integers, [23] * LANES)), self.type)
-    less_one = self.builder.fsub(scale, self.constant(1.0))
-    return self.multiply_add(scale, power, scale), self.multiply_add(scale, power, less_one)
-
-
 @intrinsic(prefer_literal=True)
 def _recur(typing, zoh, gradient, u, d, count, A, b, c, keep, h, new, out, order):
   """One step of the recurrence for a vector of `count` channels, from h to new [order, LANES].
@@ -105,13 +65,13 @@ def _recur(typing, zoh, gradient, u, d, count, A, b, c, keep, h, new, out, order
 
   def codegen(context, builder, signature, args):
     u, d, count, A, b, c, keep, h, new, out, order = args[2:]
-    v = _Lanes(builder)
+    v = lanes.Lanes(builder)
     mask = v.mask(count)
     u, d, keep = v.load_masked(u, mask), v.load_masked(d, mask), v.splat(keep)
     d2, du = v.mul(d, v.constant(1 / math.log(2))), v.mul(d, u)
     (y,) = v.registers([v.zero()])
     with cgutils.for_range(builder, order) as loop:
-      at = lambda tile: builder.add(tile, builder.mul(loop.index, _WORD(v.bytes)))  # noqa: E731
+      at = lambda tile: v.at(tile, loop.index, v.bytes)  # noqa: E731
       value = v.load(at(A))
       a, less_one = v.exp2(v.mul(d2, value))
       wu = v.mul(builder.fdiv(less_one, value), u) if zoh_ else du
@@ -140,14 +100,14 @@ def _adjoin(typing, zoh, u, d, gy, count, A, b, c, keep, h, new, decay, adjoint,
 
   def codegen(context, builder, signature, args):
     u, d, gy, count, A, b, c, keep, h, new, decay, adjoint, vB, vC, gA, gu, gd, order = args[1:]
-    v = _Lanes(builder)
+    v = lanes.Lanes(builder)
     mul, fma = v.mul, v.multiply_add
     mask = v.mask(count)
     u, d, gy, keep = v.load_masked(u, mask), v.load_masked(d, mask), v.load_masked(gy, mask), v.splat(keep)
     du = mul(d, u)
     to_u, to_d = v.registers([v.zero()] * 2)
     with cgutils.for_range(builder, order) as loop:
-      at = lambda tile: builder.add(tile, builder.mul(loop.index, _WORD(v.bytes)))  # noqa: E731
+      at = lambda tile: v.at(tile, loop.index, v.bytes)  # noqa: E731
 
       def accumulate(place, x, y):
         v.store(fma(x, y, v.load(place)), place)

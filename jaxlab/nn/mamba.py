@@ -10,14 +10,16 @@ Packed sequences carry `starts`, True at the first token of each segment: neithe
 across, in either direction.
 """
 
+import functools
 import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxlab import interop
+from jaxlab import interop, kernels
+from jaxlab.nn import _causal_conv
 from jaxlab.nn.selective_scan import Discretization, selective_scan
 
 # U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch's default for weights.
@@ -104,18 +106,55 @@ class CausalConv(nn.Module):
     kernel = self.param("kernel", uniform, (self.size, 1, x.shape[-1]), self.param_dtype)
     bias = self.param("bias", uniform, x.shape[-1:], self.param_dtype)
     x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-    length, sign = x.shape[-2], 1 if self.reverse else -1
-    y = bias + kernel[-1, 0] * x
-    if starts is not None:  # tokens of one segment have one number
-      segment = jnp.cumsum(starts, -1)
-    for i in range(1, min(self.size, length)):
-      pad = [(0, 0)] * (x.ndim - 2) + [(0, i) if self.reverse else (i, 0), (0, 0)]
-      kept = slice(i, None) if self.reverse else slice(None, length - i)
-      tap = jnp.pad(x[..., kept, :], pad)  # x_{t - i}
-      if starts is not None:
-        tap = jnp.where((segment == jnp.roll(segment, -sign * i, -1))[..., None], tap, 0)
-      y = y + kernel[-1 - i, 0] * tap
-    return y
+    starts = jnp.zeros(x.shape[:-1], bool) if starts is None else starts
+    # Tokens of one segment have one number, ascending over all sequences.
+    segment = jnp.cumsum(starts.at[..., 0].set(True).reshape(-1), dtype="int32")
+    form = _host_conv if kernels.available() and x.dtype.itemsize <= 4 else plain_conv
+    return form(self.reverse, x.reshape(-1, x.shape[-1]), kernel[:, 0], bias, segment).reshape(x.shape)
+
+
+def plain_conv(
+  reverse: bool,
+  x: Float[Array, "t c"],
+  kernel: Float[Array, "k c"],
+  bias: Float[Array, " c"],
+  segment: Int[Array, " t"],
+) -> Float[Array, "t c"]:
+  """The convolution of `CausalConv` in plain JAX, over tokens laid end to end whose segments have ascending numbers."""
+  y = bias + kernel[-1] * x
+  for i in range(1, min(kernel.shape[0], x.shape[0])):
+    kept, pad = (slice(i, None), (0, i)) if reverse else (slice(None, -i), (i, 0))
+    same = segment == jnp.pad(segment[kept], pad, constant_values=-1)
+    tap = jnp.pad(x[kept], (pad, (0, 0)))  # x_{t - i}
+    y = y + kernel[-1 - i] * jnp.where(same[:, None], tap, 0)
+  return y
+
+
+def _host_conv(reverse, x, kernel, bias, segment):
+  wide = (a.astype("float32") for a in (x, kernel, bias))
+  return _conv(reverse, *wide, segment).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _conv(reverse, x, kernel, bias, segment):
+  result = [jax.ShapeDtypeStruct(x.shape, x.dtype)]
+  items = _causal_conv.items(x.shape[0])
+  return kernels.call(_causal_conv.forward(reverse), result, x, kernel, bias, segment, items=items)[0]
+
+
+def _conv_forward(reverse, x, kernel, bias, segment):
+  return _conv(reverse, x, kernel, bias, segment), (x, kernel, segment)
+
+
+def _conv_backward(reverse, saved, g):
+  x, kernel, segment = saved
+  items = _causal_conv.items(x.shape[0])
+  results = [jax.ShapeDtypeStruct(s, x.dtype) for s in (x.shape, (items, *kernel.shape), (items, x.shape[1]))]
+  gx, gw, gbias = kernels.call(_causal_conv.backward(reverse), results, x, kernel, segment, g, items=items)
+  return gx, gw.sum(0), gbias.sum(0), None
+
+
+_conv.defvjp(_conv_forward, _conv_backward)
 
 
 class StepSize(nn.Module):
@@ -175,20 +214,35 @@ class BidirectionalMamba(nn.Module):
   param_dtype: jax.typing.DTypeLike = "float32"
 
   @nn.compact
-  def __call__(self, x: Float[Array, "*b l c"], starts: Bool[Array, "*b l"] | None = None) -> Float[Array, "*b l c"]:
-    """Tokens to tokens; `starts` as `MambaMixer`."""
+  def __call__(
+    self, x: Float[Array, "*b l c"], starts: Bool[Array, "*b l"] | None = None, *, last: bool = False
+  ) -> Float[Array, "*b m c"]:
+    """Tokens to tokens.
+
+    Args:
+      x: tokens.
+      starts: as `MambaMixer`.
+      last: only the last token's output is wanted, [..., 1, C]: the backward mixer then needs to read that token alone.
+    """
     normed = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(x)
-    total = jnp.zeros((), x.dtype)
-    for name, reverse in (("forward", False), ("backward", True))[: 1 + self.bidirectional]:
-      mixer = MambaMixer(
-        self.state_size, self.expand, self.conv_size, None, reverse, self.discretization, self.dtype, self.param_dtype,
-        name=name,
-      )  # fmt: skip
-      total = total + mixer(normed, starts)
+    wanted = slice(-1, None) if last else slice(None)
+    mixer = functools.partial(
+      MambaMixer,
+      self.state_size,
+      self.expand,
+      self.conv_size,
+      discretization=self.discretization,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+    )
+    total = mixer(name="forward")(normed, starts)[..., wanted, :]
+    if self.bidirectional:
+      starts = None if starts is None else starts[..., wanted]
+      total = total + mixer(reverse=True, name="backward")(normed[..., wanted, :], starts)
     out = nn.Dense(
       x.shape[-1], use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=_torch_kernel, name="out"
     )
-    return x + out(total)
+    return x[..., wanted, :] + out(total)
 
 
 def weights(path: str, prefix: str) -> dict[str, interop.Rule]:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlab import interop
+from jaxlab import interop, kernels
 from jaxlab.nn import mamba
 from jaxlab.nn.selective_scan import selective_scan
 
@@ -100,6 +100,36 @@ def test_narrow_compute(block):
   narrow = jax.jit(net.apply)(variables, x.astype("bfloat16"))
   assert narrow.dtype == jnp.bfloat16
   np.testing.assert_allclose(narrow.astype("float32"), apply(variables, x), atol=0.05)
+
+
+def test_last_output_alone(block):
+  net, variables, x, apply = block
+  alone = jax.jit(lambda v, x: net.apply(v, x, last=True))(variables, x)
+  np.testing.assert_allclose(alone, apply(variables, x)[:, -1:], atol=1e-6)
+
+
+@pytest.mark.skipif(not kernels.available(), reason="host kernels are for the CPU backend")
+@pytest.mark.parametrize("reverse", [False, True])
+def test_forms_of_the_convolution_agree(reverse):
+  """Values and gradients, with more tokens than a work item makes and segments shorter than the kernel."""
+  rng = np.random.default_rng(0)
+  x, g = rng.standard_normal((2, 1100, 5)).astype("float32")
+  kernel, bias = rng.standard_normal((4, 5)).astype("float32"), rng.standard_normal(5).astype("float32")
+  segment = np.cumsum(rng.random(1100) < 0.1).astype("int32")
+  expected = np.tile(bias, (1100, 1))
+  for t in range(1100):
+    for i in range(4):
+      other = t + i if reverse else t - i
+      if 0 <= other < 1100 and segment[other] == segment[t]:
+        expected[t] += kernel[3 - i] * x[other]
+
+  def both(form):
+    y, back = jax.vjp(lambda *a: form(reverse, *a, segment), x, kernel, bias)
+    return y, back(g)
+
+  host, plain = jax.jit(lambda: both(mamba._host_conv))(), jax.jit(lambda: both(mamba.plain_conv))()
+  np.testing.assert_allclose(host[0], expected, atol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-4), host, plain)
 
 
 @pytest.mark.parametrize("name", ["state_size", "expand", "conv_size"])

@@ -148,7 +148,7 @@ class GraphMamba(nn.Module):
       same = jnp.take_along_axis(same, shuffle[..., None], axis=2)
       phi = jnp.concatenate([same.reshape(phi[:, :-1].shape), phi[:, -1:]], 1)
     for i in range(self.token_layers):
-      phi = self._block(f"token_block_{i}")(phi)
+      phi = self._block(f"token_block_{i}")(phi, last=i == self.token_layers - 1)
     return phi[:, -1]
 
   def _block(self, name):
