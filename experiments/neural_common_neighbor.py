@@ -204,7 +204,8 @@ def draw(curves: dict[str, list[Curve]], counts: dict[str, np.ndarray], config: 
     right.barh(i, values.mean(), xerr=values.std(ddof=1) if len(values) > 1 else 0, color=color, alpha=0.8)
     if name in published:
       right.plot(published[name][0], i, "k|", markersize=14, label="published" if name == "GAE" else None)
-  right.set(yticks=range(len(bars)), yticklabels=list(bars), xlabel=f"test Hits@{K} (%)", title="Best validation epoch")
+  right.set(yticks=range(len(bars)), yticklabels=list(bars), xlabel=f"test Hits@{K} (%)")
+  right.set_title("At the epoch of best validation", fontsize=left.title.get_fontsize())
   right.invert_yaxis()
   if published:
     right.legend(loc="lower left")
