@@ -173,7 +173,7 @@ def _overlap(adjacency, pairs, others):
     a, b = b, a
   at = torch.searchsorted(a[:-1], b)
   found = a[at] == b
-  matrix = lambda code: _Sparse(code >> 32, code & (2**32 - 1), left.shape)  # noqa: E731
+  matrix = lambda code: _Sparse(code >> 32, code & (2**32 - 1), left.shape)
   if not others:
     return matrix(b[found])
   alone = torch.ones(len(a), dtype=torch.bool)

@@ -16,7 +16,7 @@ def _inputs(batch, length, channels, states):
   import numpy as np
 
   rng = np.random.default_rng(0)
-  normal = lambda *shape: rng.standard_normal(shape).astype("float32")  # noqa: E731
+  normal = lambda *shape: rng.standard_normal(shape).astype("float32")
   return {
     "u": normal(batch, length, channels),
     "delta": normal(batch, length, channels),
@@ -41,8 +41,8 @@ def ours(*sizes):
   return lambda: jax.block_until_ready(step(inputs))
 
 
-def torch(parallel, *sizes):
-  """The same in PyTorch."""
+def torch_scan(parallel):
+  """The scan as a PyTorch function of our arguments, softplus included."""
   import torch
   from torch.nn import functional as F
 
@@ -78,17 +78,26 @@ def torch(parallel, *sizes):
       adjoint = scan(following.flip(1), gradient.flip(1)).flip(1)
       return torch.cat([torch.zeros_like(h[:, :1]), adjoint[:, 1:] * h[:, :-1]], 1), adjoint
 
+  def selective_scan(u, delta, A, B, C, D, z, delta_bias):
+    delta = F.softplus(delta + delta_bias)[..., None]
+    a, x = torch.exp(delta * A), delta * B[:, :, None] * u[..., None]
+    h = Scan.apply(a, x) if parallel else sequential(a, x)
+    return ((h @ C[..., None])[..., 0] + D * u) * F.silu(z)
+
+  return selective_scan
+
+
+def torch(parallel, *sizes):
+  """Value and gradients in PyTorch."""
+  import torch
+
   inputs = {name: torch.from_numpy(value).requires_grad_() for name, value in _inputs(*sizes).items()}
+  selective_scan = torch_scan(parallel)
 
   def run():
     for value in inputs.values():
       value.grad = None
-    u, delta, A, B, C, D, z, delta_bias = inputs.values()
-    delta = F.softplus(delta + delta_bias)[..., None]
-    a, x = torch.exp(delta * A), delta * B[:, :, None] * u[..., None]
-    h = Scan.apply(a, x) if parallel else sequential(a, x)
-    y = (h @ C[..., None])[..., 0] + D * u
-    ((y * F.silu(z)) ** 2).sum().backward()
+    (selective_scan(**inputs) ** 2).sum().backward()
 
   return run
 

@@ -79,7 +79,7 @@ def torch(batch, size, what, dtype):
 
     def forward(self, x, h, w):
       b, n, c = x.shape
-      split = lambda t: t.reshape(b, n, self.heads, -1).transpose(1, 2)  # noqa: E731
+      split = lambda t: t.reshape(b, n, self.heads, -1).transpose(1, 2)
       k, v = self.kv(x).chunk(2, -1)
       q = split(self.q(x))
       a = (q @ split(k).transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)

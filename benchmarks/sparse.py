@@ -58,14 +58,14 @@ def torch(form, width, what):
     layer = GCNConv(width, width, cached=True, bias=False)
     layer.lin = torch.nn.Identity()  # the map is a dense product, which is not what is compared
     edges = torch.stack([senders, receivers])
-    forward = lambda: layer(x, edges)  # noqa: E731
+    forward = lambda: layer(x, edges)
   elif form == "torch CSR":
     order = torch.argsort(receivers, stable=True)
     starts = torch.searchsorted(receivers[order], torch.arange(NODES + 1))
     matrix = torch.sparse_csr_tensor(starts, senders[order], weights[order], (NODES, NODES))
-    forward = lambda: matrix @ x  # noqa: E731
+    forward = lambda: matrix @ x
   else:
-    forward = lambda: torch.zeros(NODES, width).index_add(0, receivers, x[senders] * weights[:, None])  # noqa: E731
+    forward = lambda: torch.zeros(NODES, width).index_add(0, receivers, x[senders] * weights[:, None])
   g = torch.randn(NODES, width)
 
   def run():

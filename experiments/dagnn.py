@@ -117,7 +117,7 @@ def methods(config: Config, num_classes: int) -> dict[str, Method]:
     gcn, mlp = Method(GCN(num_classes), *kipf), Method(GCN(num_classes, convolution=False), *kipf)
   else:
     ours, gcn, mlp = (candidate(name, num_classes, *TUNED[name]) for name in ("DAGNN", "GCN", "MLP"))
-  with_hops = lambda k: ours._replace(net=ours.net.clone(hops=k))  # noqa: E731
+  with_hops = lambda k: ours._replace(net=ours.net.clone(hops=k))
   if config.ablation:
     return {
       "DAGNN, K = 20": with_hops(20),

@@ -94,7 +94,7 @@ def load(config: Config) -> fg.NodeTask | fg.LinkTask:
 def methods(config: Config, num_classes: int | None) -> dict[str, fg.Method]:
   """Every algorithm: layer-wise ones at the largest depth, the others at each."""
   recipe = fg.Recipe(epochs=config.epochs)
-  net = lambda depth: fg.Net(num_classes, config.hidden, depth, config.kind)  # noqa: E731
+  net = lambda depth: fg.Net(num_classes, config.hidden, depth, config.kind)
   made = {
     f"{name}, {d} layers": make(net(d), recipe) for name, make in JOINT[config.task].items() for d in config.depths
   }

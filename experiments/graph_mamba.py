@@ -216,7 +216,7 @@ def batch_of(graphs, drawn, sizes, **arrays):
 
 def least_sizes(packs, graphs, drawn):
   """Sizes that the largest of the packs (lists of graph numbers) needs."""
-  most = lambda count: max(sum(count(i) for i in pack) for pack in packs)  # noqa: E731
+  most = lambda count: max(sum(count(i) for i in pack) for pack in packs)
   return {
     "nodes": most(lambda i: len(graphs[i].nodes)) + 1,
     "edges": most(lambda i: len(graphs[i].senders)),
@@ -259,7 +259,7 @@ def minesweeper_problem(config: Config, split: int) -> Problem:
   graph = graph._replace(nodes=np.concatenate([dataset.features, encodings.random_walk(graph, 8)], 1))
   drawn = [tokens.sample(graph, length=config.length, walks=WALKS, repetitions=config.repetitions)]
   masks = {"train": dataset.train_mask, "validation": dataset.val_mask, "test": dataset.test_mask}
-  pad = lambda a: np.append(a, np.zeros(1, a.dtype))  # noqa: E731
+  pad = lambda a: np.append(a, np.zeros(1, a.dtype))
   batch = batch_of(
     [graph], drawn, least_sizes([[0]], [graph], drawn), labels=pad(dataset.labels),
     **{name: pad(mask) for name, mask in masks.items()},

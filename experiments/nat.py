@@ -126,7 +126,7 @@ def run(stream: EventStream, name: str, tried: Method, config: Config, seed: int
   parts, known = split(stream, config, seed), 10 * seed
   tables = nat.Tables(*map(jnp.asarray, (stream.node_features, stream.edge_features)))
   history = parts.train | parts.validation
-  arrange = lambda events, size, offset, seen, **more: jax.tree.map(  # noqa: E731
+  arrange = lambda events, size, offset, seen, **more: jax.tree.map(
     jnp.asarray,
     temporal.batches(stream, events, batch_size=size, seed=known + offset, destinations=seen, **more),
   )
@@ -193,7 +193,7 @@ def banks(stream: EventStream, config: Config, seed: int, test: Batches) -> dict
 def measure(name: str, scores: np.ndarray, asked: Batches) -> Metrics:
   """Percentages: pooled AP under the method's own name, and the mean AP of batches and pooled AUC."""
   real = asked.senders != 0
-  label = lambda n: np.repeat([1, 0], n)  # noqa: E731
+  label = lambda n: np.repeat([1, 0], n)
   flat = np.concatenate([scores[:, 0][real], scores[:, 1][real]])
   each = [
     average_precision_score(label(r.sum()), np.concatenate([s[0, r], s[1, r]]))

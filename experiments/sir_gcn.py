@@ -105,7 +105,7 @@ class GATv2Conv(nn.Module):
 def convolution(method: str, width: int, op: sparse.Operator) -> Callable[[Array], Array]:
   """The baseline's one layer; GCN's weights are normalised by both degrees, without self-loops, as in the scripts."""
   if method == "GCN":
-    degree = lambda starts: jnp.maximum(jnp.diff(starts), 1).astype("float32") ** -0.5  # noqa: E731
+    degree = lambda starts: jnp.maximum(jnp.diff(starts), 1).astype("float32") ** -0.5
     weights = degree(op.row_starts)[op.rows] * degree(op.transpose_starts)[op.columns]
     return functools.partial(layers.GCNConv(width, name="conv"), op.replace_values(weights))
   if method == "GIN":
@@ -132,7 +132,7 @@ class Baseline(nn.Module):
   @nn.compact
   def __call__(self, graph: jraph.GraphsTuple, operator: sparse.Operator, *, train: bool = False) -> Array:
     """As `sir_gcn.DictionaryLookup` or `sir_gcn.HeteroEdgeCount`."""
-    table = lambda rows, name: nn.Embed(rows, self.hidden, embedding_init=nn.initializers.normal(1.0), name=name)  # noqa: E731
+    table = lambda rows, name: nn.Embed(rows, self.hidden, embedding_init=nn.initializers.normal(1.0), name=name)
     if self.task == "dictionary":
       key, value = table(self.size + 1, "key"), table(self.size + 1, "value")
       x = nn.relu(key(graph.nodes[:, 0]) + value(graph.nodes[:, 1]))
@@ -179,7 +179,7 @@ def dictionaries(size: int, seed: int) -> Callable[[int], Data]:
   def batches(chosen):
     nodes = task.nodes[chosen].reshape(-1, BATCH * 2 * size, 2)
     parts = len(nodes)
-    tile = lambda a: np.broadcast_to(a, (parts, *a.shape))  # noqa: E731
+    tile = lambda a: np.broadcast_to(a, (parts, *a.shape))
     return Batches(jax.tree.map(tile, graph)._replace(nodes=nodes), operator, task.labels[chosen].reshape(parts, -1))
 
   test = jax.device_put(batches(np.arange(4000, 5000)))
@@ -193,7 +193,7 @@ def edge_counts(classes: int, seed: int) -> Callable[[int], Data]:
   graph_of_edge = np.repeat(np.arange(5000), task.n_edge)
   # The transposed order inside each graph; a batch's is theirs, one after the other.
   by_sender = np.lexsort((task.receivers, task.senders, graph_of_edge)) - first_edge[graph_of_edge]
-  spread = lambda per_graph: int(BATCH * per_graph.mean() + 6 * np.sqrt(BATCH) * per_graph.std())  # noqa: E731
+  spread = lambda per_graph: int(BATCH * per_graph.mean() + 6 * np.sqrt(BATCH) * per_graph.std())
   nodes, edges = spread(task.n_node), spread(task.n_edge)
 
   def batch(chosen):
@@ -208,7 +208,7 @@ def edge_counts(classes: int, seed: int) -> Callable[[int], Data]:
     rows = np.append(task.receivers[pick] + offset, np.full(pad, total))
     columns = np.append(task.senders[pick] + offset, np.full(pad, total))
     order = np.append(by_sender[pick] + np.repeat(edge_start, e), np.arange(edges - pad, edges))
-    starts = lambda ids: np.concatenate([[0], np.cumsum(np.bincount(ids, minlength=nodes))])  # noqa: E731
+    starts = lambda ids: np.concatenate([[0], np.cumsum(np.bincount(ids, minlength=nodes))])
     index = [rows, columns, None, starts(rows), order, rows[order], starts(columns)]
     operator = sparse.Operator(*(np.ones(edges, "float32") if a is None else a.astype("int32") for a in index))
     graph = jraph.GraphsTuple(
@@ -278,7 +278,7 @@ def synthetic_learner(net: nn.Module, size: int, recipe: sir_gcn.Recipe) -> trai
 
     moments = run.moments._replace(hyperparams=run.moments.hyperparams | {"learning_rate": run.rate.rate})
     (params, moments), _ = over(data.train, update, (run.params, moments))
-    measure = lambda batches: jax.tree.map(  # noqa: E731
+    measure = lambda batches: jax.tree.map(
       jnp.mean, over(batches, lambda carry, *batch: (carry, loss(params, *batch)), 0)[1]
     )
     (training, _), (test, accuracy) = measure(data.train), measure(data.test)
@@ -394,7 +394,7 @@ def auc(scores: Float[Array, " n"], positive: Bool[Array, " n"], mask: Bool[Arra
 
 def split_learner(net: nn.Module, recipe: sir_gcn.Recipe) -> train.Learner:
   """Trains on one split of a binary task; a step is `EPOCHS_PER_STEP` epochs."""
-  rate = lambda step: recipe.learning_rate * jnp.minimum((step + 1) / recipe.warmup, 1)  # noqa: E731
+  rate = lambda step: recipe.learning_rate * jnp.minimum((step + 1) / recipe.warmup, 1)
   tx = optax.adamw(rate, weight_decay=recipe.weight_decay)
 
   def cross_entropy(logits, task, mask):

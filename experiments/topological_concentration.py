@@ -319,7 +319,7 @@ def scale(folder: pathlib.Path) -> tuple[dict[str, Any], str]:
     senders, receivers = synthetic.erdos_renyi(NODES, m)
     graph = common_neighbors.adjacency(np.stack([senders, receivers]), NODES)
     operator = jax.tree.map(jax.numpy.asarray, sparse.from_scipy(graph))
-    run = lambda operator=operator: atc(operator, jax.random.key(0), width=16, depth=2)  # noqa: E731
+    run = lambda operator=operator: atc(operator, jax.random.key(0), width=16, depth=2)
     run()
     approximate.append(seconds(run, 4))
     one.append(seconds(lambda graph=graph: tc.concentration(graph), 1 if m > 10**6 else 2))
@@ -339,7 +339,7 @@ def scale(folder: pathlib.Path) -> tuple[dict[str, Any], str]:
     drawn.set_marker("o")
   axes.legend()
   train.figures.save(figure, folder / "figure.png")
-  double = lambda t: float(max(b / a for a, b, m in zip(t, t[1:], EDGES[1:], strict=False) if m != EDGES[-1]))  # noqa: E731
+  double = lambda t: float(max(b / a for a, b, m in zip(t, t[1:], EDGES[1:], strict=False) if m != EDGES[-1]))
   metrics = {f"ATC, seconds at {m} edges": t for m, t in zip(EDGES, approximate, strict=True)}
   metrics |= {f"exact TC of two levels, seconds at {m} edges": t for m, t in zip(EDGES, exact, strict=False)}
   metrics |= {

@@ -42,7 +42,7 @@ def _sum_edges(typing, mode, flags, start, stop, others, ids, row, count, p, qm,
     v = lanes.Lanes(builder)
     mask = v.mask(count)
     load, store = lambda place: v.load_masked(place, mask), lambda value, place: v.store_masked(value, place, mask)
-    half = lambda place: builder.add(place, row)  # m after q  # noqa: E731
+    half = lambda place: builder.add(place, row)  # m after q
     by_row = mode_ != "columns"
     own_p = load(p) if by_row else None
     own_q, own_m = (None, None) if by_row else (load(qm), load(half(qm)))

@@ -259,7 +259,7 @@ def bucket(count: int) -> int:
 
 def sizes(made: Pairs) -> Sizes:
   """The sizes of pairs that were made, to make others alike."""
-  entries = lambda op: 0 if op is None else op.rows.shape[-1]  # noqa: E731
+  entries = lambda op: 0 if op is None else op.rows.shape[-1]
   return Sizes(
     pairs=made.left.shape[-1],
     rows=made.common.shape[0],
@@ -273,7 +273,7 @@ def sizes(made: Pairs) -> Sizes:
 def largest(many: list[Sizes]) -> Sizes:
   """Sizes that hold each of several."""
   inner = [one.inner for one in many if one.inner is not None]
-  most = lambda name: max(getattr(one, name) for one in many)  # noqa: E731
+  most = lambda name: max(getattr(one, name) for one in many)
   return Sizes(
     pairs=most("pairs"),
     rows=most("rows"),
@@ -289,7 +289,7 @@ def grown(given: Sizes) -> Sizes:
 
   A tenth more, and four standard deviations of a count of rare events.
   """
-  more = lambda count: bucket(int(1.1 * count + 4 * count**0.5)) if count else 0  # noqa: E731
+  more = lambda count: bucket(int(1.1 * count + 4 * count**0.5)) if count else 0
   return Sizes(
     pairs=given.pairs,
     rows=given.rows,

@@ -131,7 +131,7 @@ class SAGEConv(nn.Module):
   @nn.compact
   def __call__(self, graph: Graph, x: Features) -> Float[Array, "n features"]:
     """[N, F] -> [N, features]."""
-    linear = lambda bias, name: Linear(self.features, bias, "torch", self.dtype, self.param_dtype, name=name)  # noqa: E731
+    linear = lambda bias, name: Linear(self.features, bias, "torch", self.dtype, self.param_dtype, name=name)
     h = linear(False, "neighbor")(x)  # the map first: it commutes with the mean, and wide or sparse x stays put
     operator = as_operator(graph, h)
     in_degree = jnp.diff(operator.row_starts)
@@ -316,7 +316,7 @@ class GatedGCN(nn.Module):
       train: as usual.
     """
     operator = as_operator(graph, x)
-    linear = lambda size, name: Linear(size, True, "torch", self.dtype, self.param_dtype, name=name)  # noqa: E731
+    linear = lambda size, name: Linear(size, True, "torch", self.dtype, self.param_dtype, name=name)
     to_edges = None if edges is None else linear(self.features, "edge")(edges)
     mean, gate = gated_mean(
       operator,
@@ -361,7 +361,7 @@ class GraphNorm(nn.Module):
     """Same shape as `x`; statistics per graph of the tuple, so padding has its own."""
     ids = structure.graph_ids(graph._replace(nodes=x))
     count = jnp.maximum(graph.n_node, 1)[:, None]
-    mean = lambda v: (jax.ops.segment_sum(v, ids, len(graph.n_node), indices_are_sorted=True) / count)[ids]  # noqa: E731
+    mean = lambda v: (jax.ops.segment_sum(v, ids, len(graph.n_node), indices_are_sorted=True) / count)[ids]
     gamma, beta, alpha = (
       self.param(name, init, x.shape[-1:], self.param_dtype)
       for name, init in (

@@ -125,7 +125,7 @@ def learner(
     epochs_per_step: how many epochs a step of the learner runs, in one compiled loop.
   """
   window = max(patience, 1)
-  chosen = lambda params: {name: decayed is None or name in decayed for name in params}  # noqa: E731
+  chosen = lambda params: {name: decayed is None or name in decayed for name in params}
   tx = optax.chain(optax.add_decayed_weights(l2, chosen), optax.adam(learning_rate))
   per_run = (0, Task(*[None] * 3, *[0] * 3))  # type: ignore[arg-type]  # what has an axis of runs: state and masks
 

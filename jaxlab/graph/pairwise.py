@@ -81,7 +81,7 @@ def sum_of(
   if weights.shape != op.rows.shape:
     raise ValueError(f"weights: got shape {weights.shape}, expected {op.rows.shape}, one for each edge")
   pattern = op.replace(values=None)  # type: ignore[attr-defined]
-  wide = lambda a: a.astype("float32")  # noqa: E731
+  wide = lambda a: a.astype("float32")
   return _sum(activation, pattern, wide(weights), wide(q), wide(k)).astype(q.dtype)
 
 

@@ -278,7 +278,7 @@ def subgraph(graph: jraph.GraphsTuple, keep: Bool[np.ndarray, " n"]) -> jraph.Gr
     raise ValueError(f"keep: got {keep.dtype} of shape {keep.shape}, expected bool of shape {(num_nodes(graph),)}")
   number = np.cumsum(keep) - 1
   inside = keep[graph.senders] & keep[graph.receivers]
-  rows = lambda tree, mask: jax.tree.map(lambda leaf: np.asarray(leaf)[mask], tree)  # noqa: E731
+  rows = lambda tree, mask: jax.tree.map(lambda leaf: np.asarray(leaf)[mask], tree)
   return graph._replace(
     senders=number[graph.senders[inside]].astype("int32"),
     receivers=number[graph.receivers[inside]].astype("int32"),

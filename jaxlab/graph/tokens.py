@@ -76,7 +76,7 @@ def sample(
     raise ValueError(f"keys: got {np.unique(keys).size} distinct ones of shape {keys.shape}, expected {n}")
   senders, receivers = np.asarray(graph.senders, "int64"), np.asarray(graph.receivers, "int64")
   forward = np.lexsort((keys[receivers], senders))
-  bounds = lambda ends: np.searchsorted(ends, np.arange(n + 1))  # noqa: E731
+  bounds = lambda ends: np.searchsorted(ends, np.arange(n + 1))
   counts, members, inner_senders, inner_receivers, edges, paths = _sample(
     bounds(senders[forward]), receivers[forward], bounds(receivers), senders, keys.astype("uint64"), length, walks,
     repetitions, np.uint64(seed % 2**64),
@@ -163,7 +163,7 @@ def batch(
   settings = {(t.counts.shape[1], *t.walks.shape[1:], t.repetitions) for t in tokens}
   if len(settings) != 1 or len(graph_edges) != len(tokens):
     raise ValueError(f"tokens: got settings {settings} and {len(graph_edges)} edge counts, expected one kind, one each")
-  offsets = lambda sizes: np.cumsum([0, *sizes])[:-1]  # noqa: E731
+  offsets = lambda sizes: np.cumsum([0, *sizes])[:-1]
   first_node, first_edge = offsets([len(t.counts) for t in tokens]), offsets(graph_edges)
   first_member = offsets([len(t.members) for t in tokens])
   joined = Tokens(

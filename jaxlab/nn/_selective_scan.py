@@ -71,7 +71,7 @@ def _recur(typing, zoh, gradient, u, d, count, A, b, c, keep, h, new, out, order
     d2, du = v.mul(d, v.constant(1 / math.log(2))), v.mul(d, u)
     (y,) = v.registers([v.zero()])
     with cgutils.for_range(builder, order) as loop:
-      at = lambda tile: v.at(tile, loop.index, v.bytes)  # noqa: E731
+      at = lambda tile: v.at(tile, loop.index, v.bytes)
       value = v.load(at(A))
       a, less_one = v.exp2(v.mul(d2, value))
       wu = v.mul(builder.fdiv(less_one, value), u) if zoh_ else du
@@ -107,7 +107,7 @@ def _adjoin(typing, zoh, u, d, gy, count, A, b, c, keep, h, new, decay, adjoint,
     du = mul(d, u)
     to_u, to_d = v.registers([v.zero()] * 2)
     with cgutils.for_range(builder, order) as loop:
-      at = lambda tile: v.at(tile, loop.index, v.bytes)  # noqa: E731
+      at = lambda tile: v.at(tile, loop.index, v.bytes)
 
       def accumulate(place, x, y):
         v.store(fma(x, y, v.load(place)), place)
@@ -115,7 +115,7 @@ def _adjoin(typing, zoh, u, d, gy, count, A, b, c, keep, h, new, decay, adjoint,
       value, B, stored = v.load(at(A)), v.scalar(b, loop.index), v.load(at(decay))
       m = fma(gy, v.scalar(c, loop.index), v.load(at(adjoint)))
       a = builder.fadd(stored, v.constant(1.0)) if zoh_ else stored
-      l = mul(keep, mul(a, m))  # noqa: E741
+      l = mul(keep, mul(a, m))
       v.store(l, at(adjoint))
       lh = mul(l, v.load(at(h)))
       accumulate(at(vC), gy, v.load(at(new)))

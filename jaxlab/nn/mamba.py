@@ -61,7 +61,7 @@ class MambaMixer(nn.Module):
         raise ValueError(f"{name}: got {getattr(self, name)}, expected a positive integer")
     features, inner = x.shape[-1], self.expand * x.shape[-1]
     rank = -(-features // 16) if self.dt_rank is None else self.dt_rank
-    dense = lambda size, name: nn.Dense(  # noqa: E731
+    dense = lambda size, name: nn.Dense(
       size, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=_torch_kernel, name=name
     )
     hidden, gate = jnp.split(dense(2 * inner, "in_proj")(x), 2, axis=-1)
@@ -102,7 +102,7 @@ class CausalConv(nn.Module):
   def __call__(self, x: Float[Array, "*b l c"], starts: Bool[Array, "*b l"] | None = None) -> Float[Array, "*b l c"]:
     """Same shape as `x`."""
     bound = self.size**-0.5
-    uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)  # noqa: E731
+    uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
     kernel = self.param("kernel", uniform, (self.size, 1, x.shape[-1]), self.param_dtype)
     bias = self.param("bias", uniform, x.shape[-1:], self.param_dtype)
     x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
@@ -181,7 +181,7 @@ class StepSize(nn.Module):
       return jnp.log(jnp.expm1(step)).astype(dtype)  # the inverse of softplus
 
     rank = x.shape[-1]
-    uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -(rank**-0.5), rank**-0.5)  # noqa: E731
+    uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -(rank**-0.5), rank**-0.5)
     kernel = self.param("kernel", uniform, (rank, self.features), self.param_dtype)
     bias = self.param("bias", log_uniform, (self.features,), self.param_dtype)
     x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)

@@ -234,7 +234,7 @@ def decay_mask(params: PyTree) -> PyTree:
 
 def _moved(old: PyTree, new: PyTree, fraction: float) -> PyTree:
   """`old` moved towards `new`; whole numbers cannot be averaged, so they take the new value."""
-  floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
+  floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
   return jax.tree.map(lambda a, b: a + fraction * (b - a) if floating(b) else b, old, new)
 
 

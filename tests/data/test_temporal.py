@@ -123,7 +123,7 @@ def test_splits():
   parts = temporal.transductive_split(stream)
   assert [int(mask.sum()) for mask in parts] == [700, 150, 150, 850]
   hidden = temporal.inductive_split(stream, seed=2)
-  ends = lambda mask: set(np.concatenate([stream.senders[mask], stream.receivers[mask]]).tolist())  # noqa: E731
+  ends = lambda mask: set(np.concatenate([stream.senders[mask], stream.receivers[mask]]).tolist())
   unseen = ends(parts.train | parts.validation | parts.test) - ends(hidden.train | hidden.validation)
   assert len(unseen) == 4
   for u, v in zip(stream.senders[hidden.test], stream.receivers[hidden.test], strict=True):

@@ -29,8 +29,8 @@ def randomize(variables, seed=0):
 
 
 def oracle(p, stats, graph, x, e):
-  linear = lambda name, v: v @ p[name]["kernel"] + p[name]["bias"]  # noqa: E731
-  norm = lambda name, v: (  # noqa: E731
+  linear = lambda name, v: v @ p[name]["kernel"] + p[name]["bias"]
+  norm = lambda name, v: (
     (v - stats[name]["mean"]) / np.sqrt(stats[name]["var"] + 1e-5) * p[name]["scale"] + p[name]["bias"]
   )
   to_gate, to_message = np.split(linear("sender", x), 2, axis=1)
@@ -86,11 +86,11 @@ def test_gradient_of_gated_gcn(problem):
   layer = layers.GatedGCN(F, update_edges=False)
   variables = randomize(jax.jit(layer.init)(jax.random.key(0), graph, x, e))
   direction = np.random.default_rng(1).standard_normal(x.shape).astype("float32")
-  f = lambda x, op: layer.apply(variables, op, x, e)[0].sum()  # noqa: E731
+  f = lambda x, op: layer.apply(variables, op, x, e)[0].sum()
   slope = np.vdot(jax.jit(jax.grad(f))(x, sparse.operator(graph)), direction)
   full = dict(variables["params"], edge_norm=variables["params"]["norm"])
   stats = dict(variables["batch_stats"], edge_norm=variables["batch_stats"]["norm"])
-  value = lambda x: oracle(full, stats, graph, x, np.float64(e))[0].sum()  # noqa: E731
+  value = lambda x: oracle(full, stats, graph, x, np.float64(e))[0].sum()
   difference = (value(x + 1e-6 * np.float64(direction)) - value(x - 1e-6 * np.float64(direction))) / 2e-6
   np.testing.assert_allclose(slope, difference, rtol=1e-3)
 
@@ -118,7 +118,7 @@ def test_rows_at_senders(problem):
 
 def arguments(seed, edges, width=19):
   rng = np.random.default_rng(seed)
-  normal = lambda *shape: rng.standard_normal(shape).astype("float32")  # noqa: E731
+  normal = lambda *shape: rng.standard_normal(shape).astype("float32")
   return {"p": normal(N, width), "qm": normal(N, 2 * width), "e": normal(edges, width)}
 
 
@@ -146,7 +146,7 @@ def test_gated_mean_of_a_batch(problem, pattern_too):
   other = structure.from_edges(order[graph.senders], order[graph.receivers], num_nodes=N, nodes=graph.nodes)
   ops = [sparse.operator(graph), sparse.operator(other if pattern_too else graph)]
   many = [arguments(seed, len(graph.senders)) for seed in (0, 1)]
-  stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)  # noqa: E731
+  stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
   def gradients(inputs, op):
     return jax.grad(lambda i: (gated.gated_mean(op, i["p"], i["qm"], i["e"])[0] ** 2).sum())(inputs)

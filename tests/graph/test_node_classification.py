@@ -141,7 +141,7 @@ def test_mlp_does_not_see_the_graph():
 @pytest.mark.parametrize("wrong", ["none", "empty", "unlabelled"])
 def test_bad_splits_are_named(wrong):
   labels = np.array([0, 1, -1])
-  mask = lambda *nodes: np.isin(np.arange(3), nodes)  # noqa: E731
+  mask = lambda *nodes: np.isin(np.arange(3), nodes)
   splits = {
     "none": [],
     "empty": [(mask(0), mask(1), mask())],

@@ -67,7 +67,7 @@ def test_value_and_gradients(activation):
   assert not expected[0].any() and not np.asarray(sum_of(op, q, k, activation, w))[0].any()
 
   g = jnp.asarray(np.random.default_rng(1).normal(size=(R, F)), "float32")
-  pull = lambda function: jax.vjp(function, q, k, w)[1](g)  # noqa: E731
+  pull = lambda function: jax.vjp(function, q, k, w)[1](g)
   mine = jax.jit(lambda: pull(lambda q, k, w: pairwise.sum_of(op, q, k, activation, w)))()
   plain = jax.jit(lambda: pull(lambda q, k, w: pairwise.device(activation, op, w, q, k)))()
   for a, b in zip(mine, plain, strict=True):
@@ -93,7 +93,7 @@ def test_gelu_over_its_whole_range():
   """One edge with q = z and k = 0: value and slope to a few units of the last place of 1, infinitely far out too."""
   z = np.concatenate([np.linspace(-15, 15, 6001), [-1e4, -200.0, 200.0, 1e4, 0.0]]).astype("float32")[None]
   op = sparse.from_scipy(np.ones((1, 1), "float32"))
-  function = lambda q: pairwise.sum_of(op, q, jnp.zeros_like(q), "gelu", jnp.ones(1))  # noqa: E731
+  function = lambda q: pairwise.sum_of(op, q, jnp.zeros_like(q), "gelu", jnp.ones(1))
   value, pull = jax.vjp(function, jnp.asarray(z))
   wide = z.astype("float64")
   density = np.exp(-(wide**2) / 2) / np.sqrt(2 * np.pi)
@@ -104,7 +104,7 @@ def test_gelu_over_its_whole_range():
 def test_forms_of_other_backends(monkeypatch):
   op, q, k, w = make()
   q, k, w = f32(q, k, w)
-  loss = lambda q, k, w: (pairwise.sum_of(op, q, k, "gelu", w) ** 2).sum()  # noqa: E731
+  loss = lambda q, k, w: (pairwise.sum_of(op, q, k, "gelu", w) ** 2).sum()
   host = jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, w)
   monkeypatch.setattr(kernels, "available", lambda: False)
   other = jax.jit(jax.grad(lambda q, k, w: loss(q, k, w), (0, 1, 2)))(q, k, w)
@@ -124,7 +124,7 @@ def test_half_precision_sums_in_single():
 def test_vmap_is_a_loop():
   op, q, k, w = make()
   q, k, w = f32(np.stack([q, -q, 2 * q]), k, w)
-  both = lambda q: jax.value_and_grad(lambda q: (pairwise.sum_of(op, q, k, "relu", w) ** 2).sum())(q)  # noqa: E731
+  both = lambda q: jax.value_and_grad(lambda q: (pairwise.sum_of(op, q, k, "relu", w) ** 2).sum())(q)
   value, grad = jax.jit(jax.vmap(both))(q)
   for i in range(3):
     one = jax.jit(both)(q[i])
@@ -154,7 +154,7 @@ def test_no_array_over_edges_is_made():
     rng = np.random.default_rng(0)
     op = sparse.from_scipy(scipy.sparse.coo_array((np.ones(count), rng.integers(0, 300, (2, count))), (300, 300)))
     x, w = jnp.ones((300, width)), jnp.ones(op.rows.shape[0])
-    loss = lambda op, q, k, w: (pairwise.sum_of(op, q, k, "relu", w) ** 2).sum()  # noqa: E731
+    loss = lambda op, q, k, w: (pairwise.sum_of(op, q, k, "relu", w) ** 2).sum()
     temporary.append(jax.jit(jax.grad(loss, (1, 2))).lower(op, x, x, w).compile().memory_analysis().temp_size_in_bytes)
   assert temporary[1] - temporary[0] < 3 * 4 * op.rows.shape[0]  # vectors of weights only
   assert temporary[1] < 4 * op.rows.shape[0] * width / 4

@@ -48,9 +48,9 @@ def test_propagate_is_the_matrix_product(rows, columns, width, density, seed):
 @pytest.mark.parametrize("width", [1, 7, 16, 33, 64, 130])
 def test_first_and_second_gradients(width):
   op, x = sparse.from_scipy(matrix(12, 9)), random(9, width)
-  loss = lambda v, x: (jnp.sin(sparse.propagate(op, x, v)) ** 2).mean()  # noqa: E731
-  reference = lambda v, x: (jnp.sin(dense(op, v) @ x) ** 2).mean()  # noqa: E731
-  second = lambda f: jax.grad(lambda v, x: sum(jnp.cos(g).sum() for g in jax.grad(f, (0, 1))(v, x)), (0, 1))  # noqa: E731
+  loss = lambda v, x: (jnp.sin(sparse.propagate(op, x, v)) ** 2).mean()
+  reference = lambda v, x: (jnp.sin(dense(op, v) @ x) ** 2).mean()
+  second = lambda f: jax.grad(lambda v, x: sum(jnp.cos(g).sum() for g in jax.grad(f, (0, 1))(v, x)), (0, 1))
   for mine, theirs in ((jax.grad(loss, (0, 1)), jax.grad(reference, (0, 1))), (second(loss), second(reference))):
     chex.assert_trees_all_close(mine(op.values, x), theirs(op.values, x), rtol=1e-4, atol=1e-6)
 
@@ -71,7 +71,7 @@ def test_vmap_over_features_and_weights(axes):
     return jax.value_and_grad(lambda v, x: (sparse.propagate(op, x, v) ** 2).sum(), (0, 1))(v, x)
 
   many = jax.vmap(value_and_grads, axes)(values, x)
-  pick = lambda a, axis, i: a[i] if axis == 0 else a  # noqa: E731
+  pick = lambda a, axis, i: a[i] if axis == 0 else a
   for i in range(4):
     one = value_and_grads(pick(values, axes[0], i), pick(x, axes[1], i))
     chex.assert_trees_all_close(jax.tree.map(lambda a, i=i: a[i], many), one, rtol=1e-5)

@@ -111,7 +111,7 @@ def test_keys_go_along_with_a_renumbering(sampled):
 
 def test_seeds_differ_and_repeat(sampled):
   graph, t = sampled
-  draw = lambda seed: tokens.sample(  # noqa: E731
+  draw = lambda seed: tokens.sample(
     structure.from_networkx(graph), length=LENGTH, walks=WALKS, repetitions=REPETITIONS, seed=seed
   )
   np.testing.assert_array_equal(draw(3).walks, t.walks)

@@ -111,7 +111,7 @@ def test_modules_have_the_documented_parameters():
   x = jnp.ones((1, 4, 4, 8))
   depthwise = conv.DepthwiseConv(kernel_size=3).init(jax.random.key(0), x)["params"]
   grouped = conv.GroupedPointwiseConv(features=16, groups=2).init(jax.random.key(0), x)["params"]
-  shapes = lambda tree: {name: leaf.shape for name, leaf in tree.items()}  # noqa: E731
+  shapes = lambda tree: {name: leaf.shape for name, leaf in tree.items()}
   assert shapes(depthwise) == {"kernel": (3, 3, 1, 8), "bias": (8,)}
   assert shapes(grouped) == {"kernel": (1, 1, 4, 16), "bias": (16,)}
 
@@ -140,7 +140,7 @@ def test_bad_input(call, argument):
 @pytest.mark.parametrize(("k", "stride", "padding", "size"), [(3, 2, 1, (7, 8)), (2, 2, 0, (6, 5)), (7, 4, 3, (9, 9))])
 def test_strided_form_equals_xla(k, stride, padding, size, monkeypatch):
   x, w, b = random(2, *size, 3), random(k, k, 3, 5), random(5)
-  function = lambda x, w, b: conv.strided(x, w, b, stride=stride, padding=padding)  # noqa: E731
+  function = lambda x, w, b: conv.strided(x, w, b, stride=stride, padding=padding)
   y, vjp = jax.vjp(function, x, w, b)
   g = random(*y.shape)
   mine = (y, *vjp(g))

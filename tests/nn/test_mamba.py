@@ -16,7 +16,7 @@ RULES = mamba.weights("params", "")
 
 def test_golden():
   """Values and gradients of the mixer and of the scan alone, for 64 and 1000 tokens."""
-  swap = lambda a: jnp.swapaxes(a, -1, -2)  # noqa: E731
+  swap = lambda a: jnp.swapaxes(a, -1, -2)
 
   def outputs(variables, inputs):
     made = {}

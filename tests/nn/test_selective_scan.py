@@ -25,7 +25,7 @@ def form(request, monkeypatch):
 
 def arguments(seed, batch, length, channels, states, groups):
   rng = np.random.default_rng(seed)
-  normal = lambda *shape: rng.standard_normal(shape).astype("float32")  # noqa: E731
+  normal = lambda *shape: rng.standard_normal(shape).astype("float32")
   return {
     "u": normal(batch, length, channels),
     "delta": normal(batch, length, channels),
@@ -103,9 +103,9 @@ def test_gradient_by_finite_differences(form):
   inputs = arguments(5, 1, 40, 3, 2, 1)
   starts = np.arange(40)[None] % 13 == 0
   direction = arguments(6, 1, 40, 3, 2, 1)
-  objective = lambda inputs: selective_scan(**inputs, delta_softplus=True, starts=starts).sum()  # noqa: E731
+  objective = lambda inputs: selective_scan(**inputs, delta_softplus=True, starts=starts).sum()
   slope = sum(np.vdot(g, direction[name]) for name, g in jax.jit(jax.grad(objective))(inputs).items())
-  moved = lambda e: {name: np.float64(a) + e * direction[name] for name, a in inputs.items()}  # noqa: E731
+  moved = lambda e: {name: np.float64(a) + e * direction[name] for name, a in inputs.items()}
   difference = loop(**moved(1e-5), starts=starts).sum() - loop(**moved(-1e-5), starts=starts).sum()
   np.testing.assert_allclose(slope, difference / 2e-5, rtol=1e-4)
 
@@ -120,7 +120,7 @@ def test_constant_coefficients_are_a_convolution(form):
     "n,kcn,cn->kc", C, np.exp(delta[:, None] * A * np.arange(length)[:, None, None]), delta[:, None] * B
   )
   spectrum = np.fft.rfft(filters, 2 * length, axis=0) * np.fft.rfft(u, 2 * length, axis=0)
-  tile = lambda row: np.tile(np.float32(row), (length, 1))  # noqa: E731
+  tile = lambda row: np.tile(np.float32(row), (length, 1))
   y = jax.jit(selective_scan)(u, tile(delta), np.float32(A), tile(B), tile(C))
   np.testing.assert_allclose(y, np.fft.irfft(spectrum, axis=0)[:length], atol=1e-5)
 
@@ -133,8 +133,8 @@ def test_zero_order_hold_is_exact_for_a_held_input(form):
     np.ones((8, 2), "float32"),
     np.ones((8, 2), "float32"),
   )
-  once = lambda **how: selective_scan(u, np.full((8, 1), 0.5, "float32"), A, B, C, **how)[3, 0]  # noqa: E731
-  twice = lambda **how: selective_scan(u, np.full((8, 1), 0.25, "float32"), A, B, C, **how)[7, 0]  # noqa: E731
+  once = lambda **how: selective_scan(u, np.full((8, 1), 0.5, "float32"), A, B, C, **how)[3, 0]
+  twice = lambda **how: selective_scan(u, np.full((8, 1), 0.25, "float32"), A, B, C, **how)[7, 0]
   np.testing.assert_allclose(once(discretization="zoh"), twice(discretization="zoh"), rtol=1e-6)
   np.testing.assert_allclose(once(discretization="zoh"), ((np.exp(A[0] * 2) - 1) / A[0]).sum(), rtol=1e-6)
   assert abs(once() - twice()) > 0.1
@@ -167,7 +167,7 @@ def test_outputs_see_no_later_token(form):
   inputs = arguments(10, 1, 70, 4, 2, 1)
 
   def influence(reverse):
-    f = lambda u: selective_scan(**inputs | {"u": u}, delta_softplus=True, reverse=reverse)[0, 40].sum()  # noqa: E731
+    f = lambda u: selective_scan(**inputs | {"u": u}, delta_softplus=True, reverse=reverse)[0, 40].sum()
     return np.abs(jax.jit(jax.grad(f))(inputs["u"])[0]).sum(1) > 0
 
   np.testing.assert_array_equal(influence(False), np.arange(70) <= 40)

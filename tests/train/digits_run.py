@@ -54,7 +54,7 @@ def pipeline(batch_size=32):
 def flat(state):
   """Leaves by path as NumPy arrays, to compare bit by bit."""
   paths = jax.tree_util.tree_flatten_with_path(state)[0]
-  plain = lambda x: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x  # noqa: E731
+  plain = lambda x: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
   return {jax.tree_util.keystr(path): np.asarray(plain(leaf)) for path, leaf in paths}
 
 

@@ -52,7 +52,7 @@ def test_step_is_a_hand_written_sgd_step():
 def test_accumulation_is_the_big_batch():
   # Adam would turn rounding of tiny gradients into whole steps; SGD keeps the comparison of gradients direct.
   batches = [batch_of(24, 24 * i) for i in range(4)]
-  make = lambda n: train.supervised(PLAIN, train.cross_entropy(), optax.sgd(0.3, momentum=0.9), accumulate=n)  # noqa: E731
+  make = lambda n: train.supervised(PLAIN, train.cross_entropy(), optax.sgd(0.3, momentum=0.9), accumulate=n)
   big, big_metrics = run(make(1), batches)
   small, small_metrics = run(make(4), batches)
   chex.assert_trees_all_close(small.params, big.params, atol=2e-6)  # sums of 24 float32 terms in another order
@@ -64,7 +64,7 @@ def test_accumulation_threads_statistics():
   state, (metrics,) = run(learner, [{name: np.repeat(x[:1], 32, axis=0) for name, x in batch_of(1).items()}])
   # Four momentum updates of the running mean in one step: 1 - 0.9^4 of the batch mean from zero, not 1 - 0.9.
   one, _ = run(digits_run.learner(), [{name: np.repeat(x[:1], 32, axis=0) for name, x in batch_of(1).items()}])
-  mean = lambda s: np.asarray(s.collections["batch_stats"]["BatchNorm_0"]["mean"])  # noqa: E731
+  mean = lambda s: np.asarray(s.collections["batch_stats"]["BatchNorm_0"]["mean"])
   np.testing.assert_allclose(mean(state), mean(one) * (1 - 0.9**4) / (1 - 0.9), rtol=1e-5)
   assert np.isfinite(metrics["loss"])
 

@@ -31,7 +31,7 @@ class Slots(NamedTuple):
 
 def slot_of(key: Int[Array, "*k"], hash_seed: Int[Array, ""], size: int) -> Int[Array, "*k"]:
   """hash_k(a) = (a s + a^2 (s + 1)) mod M_k, exact for every int32 key a >= 0: nothing exceeds M_k^3."""
-  rem = lambda x: jax.lax.rem(x, jnp.full_like(x, size))  # noqa: E731
+  rem = lambda x: jax.lax.rem(x, jnp.full_like(x, size))
   a, s = rem(jnp.asarray(key, "int32")), rem(jnp.asarray(hash_seed, "int32"))
   return rem(a * s + a * a * rem(s + 1))
 

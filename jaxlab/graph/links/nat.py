@@ -125,7 +125,7 @@ class TimeCode(nn.Module):
   @nn.compact
   def __call__(self, time: Float[Array, "*b"]) -> Float[Array, "*b features"]:
     """[...] -> [..., D_t]."""
-    spread = lambda _, shape, dtype: jnp.asarray(10.0 ** -np.linspace(0, 9, *shape), dtype)  # noqa: E731
+    spread = lambda _, shape, dtype: jnp.asarray(10.0 ** -np.linspace(0, 9, *shape), dtype)
     w = self.param("frequency", spread, (self.features,), self.param_dtype)
     phi = self.param("phase", nn.initializers.zeros, (self.features,), self.param_dtype)
     return jnp.cos(time[..., None] * w.astype("float32") + phi.astype("float32"))
@@ -269,7 +269,7 @@ class Aggregation(nn.Module):
   ) -> Float[Array, "b2 dn"]:
     """Of the pairs (sender, receiver), then (sender, negative)."""
     width = nodes.shape[-1]
-    both = lambda a: jnp.concatenate([_twice(a[: len(a) // 3]), a[len(a) // 3 :]], axis=1)  # noqa: E731
+    both = lambda a: jnp.concatenate([_twice(a[: len(a) // 3]), a[len(a) // 3 :]], axis=1)
     key, rep = both(key), both(rep)
     bits, place = join(key, self.sizes, hash_seed)
     first = place == jnp.arange(place.shape[1])
@@ -345,7 +345,7 @@ def changes(model: NAT, memory: Memory, events: Batches, read: Read, key: Key[Ar
   """
   rows = 2 * len(events.senders)
   own, row = read.ids[:rows], jnp.arange(rows)
-  other = lambda a: jnp.roll(a, rows // 2, axis=0)  # noqa: E731  # of the other end of each event
+  other = lambda a: jnp.roll(a, rows // 2, axis=0)  # of the other end of each event
   # All rows of a node stand behind its last one; a table of the batch's nodes is small however many nodes there are.
   last = jnp.max(jnp.where(own[:, None] == own[None, :], row, -1), axis=1)
   stored, refreshed = jax.tree.map(lambda a: a[:rows], (read.slots, read.rep))
@@ -377,7 +377,7 @@ def changes(model: NAT, memory: Memory, events: Batches, read: Read, key: Key[Ar
 
 def write(memory: Memory, writes: Writes) -> Memory:
   """The memory with new rows."""
-  put = lambda old, new: old.at[writes.at].set(new, mode="drop")  # noqa: E731
+  put = lambda old, new: old.at[writes.at].set(new, mode="drop")
   slots, self_rep, latest = jax.tree.map(put, memory[:3], writes[1:])
   return Memory(slots, self_rep, latest, memory.hash_seed)
 
@@ -480,7 +480,7 @@ def batch_average_precision(logits: Float[Array, "c 2 b"], batches: Batches) -> 
   """Mean over batches of the average precision within each: the published metric, noisier than the pooled one."""
   scores = jnp.where(batches.senders[:, None] != 0, logits.astype("float32"), -jnp.inf)
   positive = jnp.zeros(scores.shape, bool).at[:, 0].set(batches.senders != 0)
-  flat = lambda a: a.reshape(len(a), -1)  # noqa: E731
+  flat = lambda a: a.reshape(len(a), -1)
   return jnp.mean(jax.vmap(evaluation.average_precision)(flat(scores), flat(positive)))
 
 
@@ -561,7 +561,7 @@ def learner(model: NAT, tx: optax.GradientTransformation, *, patience: int = 3, 
     return Run(params, moments, run.key, run.hash_seed, run.epoch + 1, waited, best), jnp.mean(losses), score
 
   def step(run, task):
-    stay = lambda run, task: (run, jnp.zeros(()), run.best.average_precision)  # noqa: E731
+    stay = lambda run, task: (run, jnp.zeros(()), run.best.average_precision)
     running = run.waited < patience
     run, loss, score = jax.lax.cond(running, epoch, stay, run, task)
     return run, {"loss": loss, "validation_ap": score, "running": running, **evaluate(run, task)}

@@ -104,7 +104,7 @@ class GraphMamba(nn.Module):
     if operator is None:
       operator = sparse.operator(graph, jnp.ones(graph.senders.shape[0], "float32"))
     mask, ids = structure.node_mask(graph), structure.graph_ids(graph)
-    dense = lambda size, name: nn.Dense(size, dtype=self.dtype, param_dtype=self.param_dtype, name=name)  # noqa: E731
+    dense = lambda size, name: nn.Dense(size, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
     x = jnp.asarray(graph.nodes)
     if self.eigenvectors and train:
       split = x.shape[1] - self.eigenvectors
@@ -250,7 +250,7 @@ class GINE(nn.Module):
     train: bool = False,
   ) -> tuple[Float[Array, "n f"], Float[Array, "e f"] | None]:
     """New node states, and the edges."""
-    dense = lambda name: nn.Dense(self.features, dtype=self.dtype, param_dtype=self.param_dtype, name=name)  # noqa: E731
+    dense = lambda name: nn.Dense(self.features, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
     first, second = dense("first"), dense("second")
     new = layers.GINEConv(lambda h: second(nn.relu(first(h))), name="conv")(operator, x, edges)
     norm = nn.BatchNorm(
@@ -326,7 +326,7 @@ class WalkEncoder(nn.Module):
     self, tokens: WalkTokens, x: Float[Array, "n d"], edges: Float[Array, "e d"] | None = None
   ) -> Float[Array, "nt d"]:
     """A vector for each token."""
-    dense = lambda bias, name: nn.Dense(  # noqa: E731
+    dense = lambda bias, name: nn.Dense(
       self.features, use_bias=bias, dtype=self.dtype, param_dtype=self.param_dtype, name=name
     )
     shape = tokens.bits.shape[:4]  # [N, T, walks, positions]

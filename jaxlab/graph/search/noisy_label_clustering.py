@@ -341,7 +341,7 @@ def solve(
 
   start = jnp.zeros_like(source)
   state = start, start, jnp.ones((), source.dtype), jnp.int32(0), residual(start, mass(start))
-  unfinished = lambda state: (state[4] > tolerance) & (state[3] < max_steps)  # noqa: E731
+  unfinished = lambda state: (state[4] > tolerance) & (state[3] < max_steps)
   x, _, _, steps, excess = jax.lax.while_loop(unfinished, advance, state)
   return Solution(x, mass(x), steps, excess)
 

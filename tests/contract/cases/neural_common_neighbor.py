@@ -88,7 +88,7 @@ CASE = Case(
     "dropout of one": (init(GRAPH, SETS, head={"dropout": 1.0}), "dropout"),
     "pairs without candidates": (init(GRAPH, SETS.replace(inner=None)), "pairs"),
     "pairs of another graph": (
-      init(GRAPH, common_neighbors.pairs(common_neighbors.adjacency(np.array([[0], [1]]), 3), np.array([[0], [1]]), depth=1)),  # noqa: E501
+      init(GRAPH, common_neighbors.pairs(common_neighbors.adjacency(np.array([[0], [1]]), 3), np.array([[0], [1]]), depth=1)),
       "pairs",
     ),
     "operator of another graph": (

@@ -51,7 +51,7 @@ def test_golden():
           out |= {f"{case}.{part}": array for part, array in parts.items()}
     return out
 
-  convert = lambda state: {kind: nat.from_torch(state, kind) for kind in names}  # noqa: E731
+  convert = lambda state: {kind: nat.from_torch(state, kind) for kind in names}
   golden_rule.check("nat", convert, apply, atol=2e-6, rtol=1e-6)
 
 
@@ -275,7 +275,7 @@ def test_gradient_of_sums_by_key_is_that_of_the_scatter():
   rng = np.random.default_rng(0)
   x, g = rng.standard_normal((2, 4, 16, 3)).astype("float32")
   place = rng.integers(0, 17, (4, 16))
-  plain = lambda x: jnp.zeros_like(x).at[np.arange(4)[:, None], place].add(x, mode="drop")  # noqa: E731
+  plain = lambda x: jnp.zeros_like(x).at[np.arange(4)[:, None], place].add(x, mode="drop")
   for value, expected in zip(
     jax.vjp(lambda x: _caches.sum_by_key(x, place), x)[1](g), jax.vjp(plain, x)[1](g), strict=True
   ):
@@ -333,7 +333,7 @@ def test_gradients_do_not_cross_batches():
     return logits[-1].sum() + after.self_rep.sum() + after.slots.rep.sum()
 
   first, _ = STEP({"params": params}, before, tables, at(stream, 0), key)
-  alone = lambda params: MODEL.apply({"params": params}, first, tables, at(stream, 1))[0].sum()  # noqa: E731
+  alone = lambda params: MODEL.apply({"params": params}, first, tables, at(stream, 1))[0].sum()
   grads = jax.jit(lambda p: (jax.grad(end)(p), jax.grad(alone)(p)))(params)
   jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-4), *grads)
 
@@ -401,7 +401,7 @@ def test_memory_is_updated_in_place():
 def test_common_neighbours_are_found_by_hops_alone(slots, tmp_path):
   stream, negatives, closing = temporal.open_triangles(320, 16, seed=0)
   late = np.arange(len(closing)) >= 1440  # of 1,920 events, 32 a stage
-  arrange = lambda chosen: temporal.batches(stream, chosen, batch_size=32, seed=0, negatives=negatives)  # noqa: E731
+  arrange = lambda chosen: temporal.batches(stream, chosen, batch_size=32, seed=0, negatives=negatives)
   tables = nat.Tables(stream.node_features, stream.edge_features)
   task = jax.tree.map(jnp.asarray, nat.Task(tables, arrange(~late), arrange(late)))
   model = nat.NAT(slots, 8, position_dim=4, replace_prob=1.0)

@@ -106,7 +106,7 @@ def logits_of(head, params, x, pairs):
 def filled(shapes, seed=0):
   """Random parameters in place of shapes: betas, norms and biases too, and nothing to compile."""
   rng = np.random.default_rng(seed)
-  scale = lambda leaf: leaf.shape[0] ** -0.5 if len(leaf.shape) > 1 else 0.3  # noqa: E731
+  scale = lambda leaf: leaf.shape[0] ** -0.5 if len(leaf.shape) > 1 else 0.3
   return jax.tree.map(
     lambda leaf: ((len(leaf.shape) == 1) + scale(leaf) * rng.standard_normal(leaf.shape)).astype("float32"), shapes
   )

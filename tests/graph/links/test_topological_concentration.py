@@ -102,7 +102,7 @@ def test_complete_graphs_and_trees():
 def test_relabelling_and_isolated_nodes(depth):
   graph, targets = random_graph(50, 0.1, 0), random_graph(50, 0.05, 1)
   order = np.random.default_rng(0).permutation(50)
-  move = lambda a: scipy.sparse.csr_array(a[order][:, order])  # noqa: E731
+  move = lambda a: scipy.sparse.csr_array(a[order][:, order])
   before = tc.concentration(graph, targets, depth=depth)
   np.testing.assert_allclose(tc.concentration(move(graph), move(targets), depth=depth), before[order], rtol=1e-12)
   larger, wider = (common_neighbors.adjacency(np.stack(a.nonzero()), 51) for a in (graph, targets))
@@ -120,7 +120,7 @@ def test_relabelling_and_isolated_nodes(depth):
 def test_multiplicity_counts_in_one_tree_only():
   """On a path 0-1-2 with a triangle hung on 2, the overlap seen from one end is not that from the other."""
   graph = common_neighbors.adjacency(np.array([[0, 1, 2, 2, 3], [1, 2, 3, 4, 4]]), 5)
-  link = lambda a, b: scipy.sparse.csr_array(([1.0], ([a], [b])), (5, 5))  # noqa: E731
+  link = lambda a, b: scipy.sparse.csr_array(([1.0], ([a], [b])), (5, 5))
   one, other = (tc.concentration(graph, link(*ends), depth=2, decay=1.0) for ends in ((0, 2), (2, 0)))
   w0, w2 = np.array([1, 1, 1, 0, 0]), np.array([1, 1, 3, 2, 2])  # walks of one and two steps from either end
   s0, s2 = np.array([1, 1, 1, 0, 0]), np.array([1, 1, 1, 2, 2])  # and the levels that reach a node
@@ -213,7 +213,7 @@ def test_approximate_on_cora(cora):
     got = np.asarray(approximate(operator, KEYS[1], width=width))
     assert np.corrcoef(got[some], exact[some])[0, 1] == pytest.approx(expected, abs=0.02)
   several = [np.asarray(approximate(operator, key, width=256))[some] for key in KEYS[:6]]
-  spearman = lambda with_: np.mean([scipy.stats.spearmanr(got, with_[some])[0] for got in several])  # noqa: E731
+  spearman = lambda with_: np.mean([scipy.stats.spearmanr(got, with_[some])[0] for got in several])
   assert spearman(exact) == pytest.approx(0.83, abs=0.02)
   assert spearman(concentration) > 0.7
 
@@ -239,7 +239,7 @@ def test_golden():
   """Encoders, MLP, re-weighting, weighted TC and node-level metrics of the official code."""
 
   def convert(state):
-    part = lambda name: {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}  # noqa: E731
+    part = lambda name: {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
     return {
       name: tc.from_torch(tc.LinkPredictor(H, **fields), part(name), part("head3" if name == "gcn3" else "head"))
       for name, fields in MODELS.items()
@@ -367,7 +367,7 @@ def test_weighted_concentration_rises_with_weight_on_shared_neighbours():
   graph = of_networkx(nx.lollipop_graph(4, 2))
   operator = sparse.operator(structure.normalize(structure.from_scipy(graph)))
   overlap = tc.edge_overlap(operator, graph)
-  watch = lambda weights: np.asarray(tc.weighted_concentration(operator, weights, overlap, receiver="centre"))  # noqa: E731
+  watch = lambda weights: np.asarray(tc.weighted_concentration(operator, weights, overlap, receiver="centre"))
   ones = jnp.ones_like(operator.values)
   clustering = nx.clustering(nx.lollipop_graph(4, 2))
   degree = np.diff(graph.indptr)
@@ -419,7 +419,7 @@ def test_learns_and_keeps_the_best_epoch(net):
   }  # fmt: skip
   got = made.evaluate(state, on)
   assert float(got["validation"]) == max(by_epoch)
-  logits = lambda pairs: model.apply(state.best.variables, task.graph, pairs)  # noqa: E731
+  logits = lambda pairs: model.apply(state.best.variables, task.graph, pairs)
   assert float(got["test"]) == pytest.approx(
     np.mean(np.asarray(logits(split.test)) > np.sort(logits(split.test_negative))[-3])
   )
@@ -432,7 +432,7 @@ def test_loss_and_clipped_step(net):
   batch = batches(0)
 
   def loss(params, graph):
-    logit = lambda pairs: model.apply({"params": params}, graph, pairs)  # noqa: E731
+    logit = lambda pairs: model.apply({"params": params}, graph, pairs)
     positive = jnp.log1p(jnp.exp(-logit(batch.positive))).mean()
     return (positive + jnp.log1p(jnp.exp(logit(batch.negative))).mean()) / 2
 
@@ -441,7 +441,7 @@ def test_loss_and_clipped_step(net):
   assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-5)
   for name in ("encoder", "head"):
     norm = np.sqrt(sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(grads[name])))
-    first = lambda g, norm=norm: -1e-3 * (g * 1e-3 / norm) / (jnp.abs(g * 1e-3 / norm) + 1e-8)  # noqa: E731
+    first = lambda g, norm=norm: -1e-3 * (g * 1e-3 / norm) / (jnp.abs(g * 1e-3 / norm) + 1e-8)
     moved = jax.tree.map(lambda a, b: a - b, after.trained.params[name], state.trained.params[name])
     chex.assert_trees_all_close(moved, jax.tree.map(first, grads[name]), atol=2e-6)
 
@@ -482,7 +482,7 @@ def test_rank_nodes_ranks_every_test_node(net):
   model, variables, task = net
   nodes, got = tc.rank_nodes(model, variables, task, ks=(2, 5), block=3)
   split = task.split
-  near = lambda edges: common_neighbors.adjacency(edges, 20).toarray() > 0  # noqa: E731
+  near = lambda edges: common_neighbors.adjacency(edges, 20).toarray() > 0
   truth, known = near(split.test), near(np.concatenate([split.train, split.validation], axis=1))
   np.testing.assert_array_equal(nodes, np.flatnonzero(truth.any(1)))
   for row, i in enumerate(nodes):

@@ -164,7 +164,7 @@ def test_dropout_acts_on_input_and_hidden_layer_in_training_only():
 
 
 def test_gradients_reach_every_parameter_and_bfloat16_runs():
-  loss = lambda v: jnp.sum(model().apply(v, GRAPH) ** 2)  # noqa: E731
+  loss = lambda v: jnp.sum(model().apply(v, GRAPH) ** 2)
   assert all(np.isfinite(g).all() and np.any(g != 0) for g in jax.tree.leaves(jax.grad(loss)(VARIABLES)))
   rough, exact = model(dtype="bfloat16").apply(VARIABLES, GRAPH), apply(VARIABLES, GRAPH)
   assert rough.dtype == jnp.bfloat16
@@ -262,7 +262,7 @@ def test_propagation_smooths_down_to_the_limit():
   raw = make_graph(connected=True)
   a, phi = dense_operator(raw), dagnn.stationary_direction(raw)
   z = np.random.default_rng(0).normal(size=(N, C))
-  smv = lambda x: float(dagnn.smoothness(x).mean())  # noqa: E731
+  smv = lambda x: float(dagnn.smoothness(x).mean())
   values = [smv(np.linalg.matrix_power(a, k) @ z) for k in (0, 2, 5, 10, 30, 100, 300)]
   limit = smv(np.outer(phi, phi) @ z)
   assert (np.diff(values) < 1e-5).all() and values[0] > 0.3

@@ -49,7 +49,7 @@ def link_task(given):
 def start(method, params, drawn, task):
   """The state before training, of one split, with given parameters and draws."""
   state = jax.eval_shape(method.learner.init, jax.random.key(0), task)
-  fill = lambda leaf: np.zeros(leaf.shape, leaf.dtype)  # noqa: E731
+  fill = lambda leaf: np.zeros(leaf.shape, leaf.dtype)
   state = jax.tree.map(fill, state)
   one = jax.tree.map(lambda leaf: np.asarray(leaf)[None], (params, drawn))
   run = state.run._replace(params=one[0], best=one[0], drawn=one[1], score=np.full(1, -np.inf, np.float32))
@@ -108,7 +108,7 @@ def net_of(params, task):
 
 
 def one_split(task):
-  take = lambda axis, field: field if axis is None else jax.tree.map(lambda leaf: leaf[0], field)  # noqa: E731
+  take = lambda axis, field: field if axis is None else jax.tree.map(lambda leaf: leaf[0], field)
   return type(task)(*map(take, task.axes, task))
 
 
@@ -138,8 +138,8 @@ def every_output(params, given):
   """Every algorithm with GCN; SF with SAGE; backpropagation with GAT, whose last layer averages heads."""
   two, three, links = node_task(given, "labels"), node_task(given, "labels3"), link_task(given)
   virtual, virtual3 = given["virtual"], given["virtual3"]
-  top_down = lambda net, recipe: fg.link_top_down(net, recipe._replace(l2=0.0))  # noqa: E731
-  bottom_up = lambda net, p, task: joint.bottom_up(net, p, joint.augmented(task, virtual))  # noqa: E731
+  top_down = lambda net, recipe: fg.link_top_down(net, recipe._replace(l2=0.0))
+  bottom_up = lambda net, p, task: joint.bottom_up(net, p, joint.augmented(task, virtual))
   runs = {f"sf_{kind}": (layerwise, fg.single_forward, virtual, two) for kind in ("gcn", "sage")}
   runs |= {
     "la_gcn": (layerwise, fg.label_appending, given["la_negatives"], three),
@@ -222,9 +222,9 @@ def test_convolution_with_a_border_is_that_of_the_whole_graph(kind):
     return jnp.sum(jnp.sin(y)), y
 
   bordered = fg.bordered(graph, jnp.asarray(links))
-  mine = lambda w, x: ours.apply({"params": w}, bordered, [x])  # noqa: E731
+  mine = lambda w, x: ours.apply({"params": w}, bordered, [x])
   operator = sparse.operator(whole)
-  other = lambda w, x: theirs.apply({"params": w}, operator, x)  # noqa: E731
+  other = lambda w, x: theirs.apply({"params": w}, operator, x)
   (_, y), dx = quick(jax.value_and_grad(functools.partial(loss, mine), 1, has_aux=True))(params, x)
   (_, z), dz = quick(jax.value_and_grad(functools.partial(loss, other), 1, has_aux=True))(renamed, x)
   np.testing.assert_allclose(y, z, atol=2e-5)
@@ -387,7 +387,7 @@ def test_forward_forward_loss_at_the_threshold():
   at = jnp.full((4, 3), 2.0)
   np.testing.assert_allclose(fg.goodness_loss(at, mask, 2.0), 2 * np.log(2), rtol=1e-6)
   goodness = np.array([[3.0, 1.0, 9.0], [0.5, 2.5, 9.0], [4.0, 0.0, 9.0]])
-  sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
+  sigmoid = lambda x: 1 / (1 + np.exp(-x))
   by_hand = -np.log(sigmoid(goodness[0, :2] - 2)).mean() - np.log(1 - sigmoid(goodness[1:, :2] - 2)).mean()
   np.testing.assert_allclose(fg.goodness_loss(jnp.asarray(goodness), mask, 2.0), by_hand, rtol=1e-6)
 
@@ -413,7 +413,7 @@ def test_published_parameter_counts():
     params = jax.eval_shape(method.learner.init, jax.random.key(0), task).run.params
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
-  net = lambda kind, depth=2, classes=c: fg.Net(classes, h, depth, kind)  # noqa: E731
+  net = lambda kind, depth=2, classes=c: fg.Net(classes, h, depth, kind)
   assert count(fg.single_forward(net("gcn")), task) == 385152
   assert count(fg.single_forward(net("gcn", 4)), task) == 385152 + 2 * 129 * h
   assert count(fg.single_forward(net("sage")), task) == (2 * f + 1) * h + 257 * h
@@ -445,7 +445,7 @@ def test_splits_that_train_together_train_as_alone():
   begin = quick(fg.single_forward(fg.Net(3, 8, 2)).learner.init)(key, task)
   both, other = run(task, 50), run(task, 7)
   chex.assert_trees_all_close(both.run.params, other.run.params, atol=1e-6)
-  second = lambda axis, field: field if axis is None else field[1:]  # noqa: E731
+  second = lambda axis, field: field if axis is None else field[1:]
   alone = fg.NodeTask(*map(second, task.axes, task))
   start = begin._replace(run=jax.tree.map(lambda leaf: leaf[1:], begin.run))
   single = run(alone, 50, start)

@@ -218,7 +218,7 @@ def test_hubs_are_read_last():
   graph = graph._replace(nodes=np.random.default_rng(0).standard_normal((10, FEATURES)).astype("float32"))
   net = graph_mamba.gmn_minus(1, bidirectional=False, **SMALL)
   variables = start(net, graph)
-  output = lambda x, graph: net.apply(variables, graph._replace(nodes=x))[:, 0]  # noqa: E731
+  output = lambda x, graph: net.apply(variables, graph._replace(nodes=x))[:, 0]
   influence = np.abs(jax.jit(jax.jacrev(output))(graph.nodes, graph)).sum(-1) > 0
   rank = np.lexsort((np.arange(10), np.bincount(graph.receivers, minlength=10))).argsort()
   np.testing.assert_array_equal(influence, rank[:, None] >= rank)
@@ -289,11 +289,11 @@ def test_memory_is_linear_in_nodes():
   variables = jax.eval_shape(net.init, jax.random.key(0), ring(4))
 
   def cost(n):
-    shape = lambda *s, dtype="float32": jax.ShapeDtypeStruct(s, dtype)  # noqa: E731
+    shape = lambda *s, dtype="float32": jax.ShapeDtypeStruct(s, dtype)
     graph = ring(4)._replace(
       nodes=shape(n, FEATURES), senders=shape(2 * n, dtype="int32"), receivers=shape(2 * n, dtype="int32")
     )
-    loss = lambda v, g: (net.apply(v, g) ** 2).sum()  # noqa: E731
+    loss = lambda v, g: (net.apply(v, g) ** 2).sum()
     return jax.jit(jax.grad(loss)).lower(variables, graph).compile().memory_analysis().temp_size_in_bytes
 
   assert 7 < cost(16000) / cost(2000) < 9
@@ -305,8 +305,8 @@ def test_parameter_counts(d):
   inner, rank = 2 * d, -(-d // 16)
   mixer = d * 2 * inner + 5 * inner + inner * (rank + 32) + (rank + 1) * inner + 16 * inner + inner + inner * d
   block = 2 * mixer + 2 * d + d * d
-  linear = lambda i, o: i * o + o  # noqa: E731
-  gated = lambda: linear(d, 2 * d) + 2 * linear(d, d) + 2 * d  # noqa: E731
+  linear = lambda i, o: i * o + o
+  gated = lambda: linear(d, 2 * d) + 2 * linear(d, d) + 2 * d
   ends = linear(FEATURES, d) + 2 * d + linear(d, 1)
   phi = d + gated() + linear(2 * d, d)
   graph = graph_of()

@@ -140,8 +140,8 @@ def test_parameters_of_the_other_networks():
 
 def _elbo(params, x, c, noise):
   """The loss in NumPy, float64."""
-  relu = lambda a: np.maximum(a, 0)  # noqa: E731
-  dense = lambda name, a: a @ params[name]["kernel"] + params[name]["bias"]  # noqa: E731
+  relu = lambda a: np.maximum(a, 0)
+  dense = lambda name, a: a @ params[name]["kernel"] + params[name]["bias"]
   h = relu(dense("encoder", np.concatenate([x, c], 1)))
   mean, log_variance = dense("mean", h), dense("log_variance", h)
   z = mean + np.exp(log_variance / 2) * noise
@@ -166,7 +166,7 @@ def test_loss_and_its_gradient_equal_numpy_and_finite_differences():
     leaves, tree = jax.tree.flatten(wide)
     rng = np.random.default_rng(seed)
     direction = [rng.standard_normal(leaf.shape) for leaf in leaves]
-    at = lambda t: _elbo(tree.unflatten([a + t * d for a, d in zip(leaves, direction, strict=True)]), x, c, noise)  # noqa: B023, E731
+    at = lambda t: _elbo(tree.unflatten([a + t * d for a, d in zip(leaves, direction, strict=True)]), x, c, noise)
     slope = (at(1e-6) - at(-1e-6)) / 2e-6
     ours = sum((np.asarray(g) * d).sum() for g, d in zip(jax.tree.leaves(gradient), direction, strict=True))
     np.testing.assert_allclose(ours, slope, rtol=1e-4, atol=1e-4)
@@ -209,7 +209,7 @@ def test_no_gradient_flows_into_the_generator():
   net = la.CVAE(4, 2, 3)
   x = jnp.eye(4)
   made = la.Generator(net.init(KEY, x, x, jnp.zeros((4, 2))), x)
-  loss = lambda v: jnp.sum(la.generate(net, made._replace(variables=v), KEY) ** 2)  # noqa: E731
+  loss = lambda v: jnp.sum(la.generate(net, made._replace(variables=v), KEY) ** 2)
   gradient = jax.jit(jax.grad(loss))(made.variables)
   assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient))
 
@@ -288,7 +288,7 @@ def test_the_scout_sees_all_that_decides_its_output_at_labelled_nodes(words):
   a /= np.sqrt(np.outer(a.sum(0), a.sum(0)))
   total = x.sum(1, keepdims=True)
   normal = np.divide(x, total, out=np.zeros_like(x), where=total > 0)
-  layer = lambda name, h: a @ (h @ params[name]["linear"]["kernel"]) + params[name]["bias"]  # noqa: E731
+  layer = lambda name, h: a @ (h @ params[name]["linear"]["kernel"]) + params[name]["bias"]
   np.testing.assert_allclose(logits, layer("second", np.maximum(layer("first", normal), 0))[train], atol=1e-5)
   assert abs(la.uncertainty(jnp.stack([logits] * 3), pairs.labels)) < 1e-6
 
@@ -313,7 +313,7 @@ def test_generators_are_kept_after_the_warm_up_and_the_scout_is_tuned_on_them(se
   np.testing.assert_array_equal(score, np.maximum.accumulate(value))  # in warm-up too
   assert max(score) <= 0 and score[1] > -np.inf
   assert not any(best_step[:2])  # nothing is kept in the first 8 steps
-  equal = lambda a, b: all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))  # noqa: E731
+  equal = lambda a, b: all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
   assert equal(best[1], initial.best) and not equal(scout[0], initial.scout)  # trained on the real features first
   kept = 0
   for before, after in itertools.pairwise(range(12)):
@@ -375,7 +375,7 @@ def test_generated_features_have_layers_of_their_own():
   graph, generated = small_graph()
   net = la.LAGCN(3, 5)
   params = jax.jit(net.init)(KEY, graph, generated)["params"]
-  apply = lambda p, g: net.apply({"params": p}, graph, g)  # noqa: E731
+  apply = lambda p, g: net.apply({"params": p}, graph, g)
   without = params | {"first_0": jax.tree.map(jnp.zeros_like, params["first_0"])}
   assert np.abs(apply(params, generated) - apply(params, 2 * generated)).max() > 1e-3
   np.testing.assert_array_equal(apply(without, generated), apply(without, 2 * generated))

@@ -73,7 +73,7 @@ def edge_loop(params, graph, x, aggregation, sigma, edges=None):
   """SIRConv by its definition, in float64."""
   q, k = dense(params["query"], np.float64(x)), dense(params["key"], np.float64(x))
   e_map = np.zeros((len(graph.senders), q.shape[1])) if edges is None else dense(params["edge"], np.float64(edges))
-  messages = lambda u, v, e: sigma(q[u] + k[v] + e_map[e])  # noqa: E731
+  messages = lambda u, v, e: sigma(q[u] + k[v] + e_map[e])
   if aggregation == "max":
     width = params["relation"]["kernel"].shape[1]
     return loop(graph, lambda *ends: dense(params["relation"], messages(*ends)), "max", width)[0]
@@ -165,7 +165,7 @@ def test_activation_with_parameters_and_by_function(aggregation):
   params = filled(learned, GRAPH, GRAPH.nodes)["params"]
   inner = params["activation"]["layers_1"]
   inner["bias"] = jnp.arange(1.0, H + 1)
-  sigma = lambda z: np.maximum(dense(inner, np.maximum(z, 0)), 0)  # noqa: E731
+  sigma = lambda z: np.maximum(dense(inner, np.maximum(z, 0)), 0)
   got = learned.apply({"params": params}, GRAPH, GRAPH.nodes)
   np.testing.assert_allclose(got, edge_loop(params, GRAPH, GRAPH.nodes, aggregation, sigma), atol=1e-5)
   conv, params = made(aggregation=aggregation)
@@ -196,7 +196,7 @@ def test_dropout_masks_nodes_not_messages():
   params["query"]["bias"] = jnp.ones(H)
   params["relation"]["kernel"] = jnp.eye(H, OUT)
   degree = np.bincount(GRAPH.receivers, minlength=N)
-  apply = lambda train, key=0: conv.apply(  # noqa: E731
+  apply = lambda train, key=0: conv.apply(
     {"params": params}, GRAPH, GRAPH.nodes, train=train, rngs={"dropout": jax.random.key(key)}
   )
   np.testing.assert_allclose(apply(False), np.outer(degree, np.ones(OUT)))
@@ -362,7 +362,7 @@ def small(name, train_like=False):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_batch_is_its_graphs_and_padding_is_ignored(name):
   net, nodes = small(name)
-  ring = lambda n: structure.from_edges(np.arange(n), (np.arange(n) + 1) % n, num_nodes=n, nodes=nodes(n))  # noqa: E731
+  ring = lambda n: structure.from_edges(np.arange(n), (np.arange(n) + 1) % n, num_nodes=n, nodes=nodes(n))
   one, two = ring(6), ring(6)
   both = structure.batch([one, two], nodes=20, edges=25, num_graphs=4)
   variables = filled(net, one)
@@ -380,7 +380,7 @@ def test_padding_is_ignored_in_training_too(name):
   net = net.clone(
     **{field: 0.0 for field in ("dropout", "message_dropout", "input_dropout", "branch_dropout") if hasattr(net, field)}
   )
-  ring = lambda n: structure.from_edges(np.arange(n), (np.arange(n) + 1) % n, num_nodes=n, nodes=nodes(n))  # noqa: E731
+  ring = lambda n: structure.from_edges(np.arange(n), (np.arange(n) + 1) % n, num_nodes=n, nodes=nodes(n))
   graphs = [ring(6), ring(6)]
   tight, loose = structure.batch(graphs), structure.batch(graphs, nodes=30, edges=40, num_graphs=6)
   variables = filled(net, tight)
@@ -409,7 +409,7 @@ def memory(aggregation, features, edges=3000, hidden=32):
   conv, x = sir_gcn.SIRConv(features, hidden, "relu", aggregation), jnp.ones((200, 8))
   op = sparse.operator(graph._replace(nodes=x))
   params = jax.eval_shape(conv.init, KEY, op, x)
-  loss = lambda params, op, x: (conv.apply(params, op, x) ** 2).sum()  # noqa: E731
+  loss = lambda params, op, x: (conv.apply(params, op, x) ** 2).sum()
   stats = jax.jit(jax.grad(loss)).lower(params, op, x).compile().memory_analysis()
   return stats.temp_size_in_bytes, op.rows.shape[0]
 

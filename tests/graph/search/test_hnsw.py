@@ -118,7 +118,7 @@ def test_device_search_is_the_host_search(space):
 
 def test_distances_and_exact_search():
   x, q = uniform(50, 4), uniform(5, 4, 1)
-  unit = lambda a: a / np.linalg.norm(a, axis=1, keepdims=True)  # noqa: E731
+  unit = lambda a: a / np.linalg.norm(a, axis=1, keepdims=True)
   for space, want in (
     ("l2", ((q[:, None] - x) ** 2).sum(-1)), ("ip", 1 - q @ x.T), ("cosine", 1 - unit(q) @ unit(x).T),
   ):  # fmt: skip

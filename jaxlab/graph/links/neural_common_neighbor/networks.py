@@ -347,7 +347,7 @@ class Head(nn.Module):
       return frozen.apply(variables, x, common, left, right, row, train, rngs=rngs, method="_candidate")
 
     count = -(-row.shape[0] // self.chunk)
-    split = lambda a: jnp.pad(a, (0, count * self.chunk - a.shape[0])).reshape(count, self.chunk)  # noqa: E731
+    split = lambda a: jnp.pad(a, (0, count * self.chunk - a.shape[0])).reshape(count, self.chunk)
     parts = jnp.arange(count), split(pairs.left), split(pairs.right), split(row)
     return jax.lax.map(lambda args: part(*args), parts).reshape(-1)[: row.shape[0]]
 

@@ -44,7 +44,7 @@ class WeightedSAGEConv(nn.Module):
   @nn.compact
   def __call__(self, operator: sparse.Operator, x: layers.Features) -> Float[Array, "n features"]:
     """[N, F] -> [N, features]."""
-    linear = lambda name: layers.Linear(self.features, False, "torch", self.dtype, self.param_dtype, name=name)  # noqa: E731
+    linear = lambda name: layers.Linear(self.features, False, "torch", self.dtype, self.param_dtype, name=name)
     bias = self.param("bias", layers.torch_bias(x.shape[-1]), (self.features,), self.param_dtype)
     y = sparse.propagate(operator, linear("neighbor")(x)) + linear("root")(x) + jnp.asarray(bias, self.dtype)
     if self.normalize:

@@ -216,7 +216,7 @@ def learner(
     raise ValueError(f"clip: got {clip}, expected a positive norm")
   if reweighting is not None and (reweighting.interval < 1 or reweighting.alpha < 0):
     raise ValueError(f"reweighting: got {reweighting}, expected an interval of 1 or more and an alpha of 0 or more")
-  clipped = lambda rate: optax.chain(optax.clip_by_global_norm(clip), optax.adam(rate))  # noqa: E731
+  clipped = lambda rate: optax.chain(optax.clip_by_global_norm(clip), optax.adam(rate))
   rates = {"encoder": clipped(encoder_rate), "head": clipped(head_rate), "embedding": optax.adam(encoder_rate)}
   tx = optax.multi_transform(rates, lambda params: {name: name for name in params})
   inner = supervised(_OnBatch(model), _loss, tx, inputs=lambda batch: batch, axis_name=axis_name)
@@ -260,7 +260,7 @@ def learner(
 def _hits(model, variables, graph, operator, pairs, k):
   """Hits@K of several (positive, negative) pairs from one encoding."""
   h = model.apply(variables, graph, operator, method="encode")
-  score = lambda ends: model.apply(variables, h[ends[0]] * h[ends[1]], method="score").astype("float32")  # noqa: E731
+  score = lambda ends: model.apply(variables, h[ends[0]] * h[ends[1]], method="score").astype("float32")
   return {name: evaluation.hits_at_k(score(yes), score(no), k) for name, (yes, no) in pairs.items()}
 
 

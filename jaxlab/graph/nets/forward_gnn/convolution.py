@@ -192,8 +192,8 @@ class Conv(nn.Module):
       return jnp.einsum("nhf,hf->nh", z, jnp.asarray(vector, self.dtype), preferred_element_type="float32")
 
     receive, send = project("attention_receiver"), project("attention_sender")  # u . z and v . z, [N + C, heads]
-    score = lambda r, s: nn.leaky_relu(r + s, 0.2)  # noqa: E731
-    where = lambda there, x: jnp.where(there, x, -jnp.inf)  # noqa: E731
+    score = lambda r, s: nn.leaky_relu(r + s, 0.2)
+    where = lambda there, x: jnp.where(there, x, -jnp.inf)
     n = links.shape[0]
     linked = (links > 0)[:, :, None]
     own = score(receive, send)

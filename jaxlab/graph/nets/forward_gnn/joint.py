@@ -263,7 +263,7 @@ class Sweeps(NamedTuple):
     below = {name: w if name == "bias" else w[:width] for name, w in first.items()}
     above = {name: jnp.zeros_like(w) if name == "bias" else w[width:] for name, w in first.items()}
     constant = apply(self.conv, below, self.graph, [self.bottom])
-    rest = lambda blocks: apply(self.conv, above, self.graph, blocks[1:])  # noqa: E731
+    rest = lambda blocks: apply(self.conv, above, self.graph, blocks[1:])
     return lambda j, blocks: jax.nn.relu(constant + rest(blocks)) if j == 0 else layer(j, blocks)
 
 

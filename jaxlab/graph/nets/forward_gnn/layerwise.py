@@ -41,10 +41,10 @@ class Streams(NamedTuple):
 
   def map(self, function: Callable[[Bordered, list[Features], Any], Any], extra: Any = None) -> Any:
     """`function(graph, blocks, extra)` on each of the K graphs; what they share is computed once."""
-    axis = lambda x: 0 if getattr(x, "ndim", 0) == 3 else None  # noqa: E731
+    axis = lambda x: 0 if getattr(x, "ndim", 0) == 3 else None
     graph, blocks = self.graph, [axis(x) for x in self.blocks]
     extras = None if extra is None else [axis(x) for x in extra]
-    call = lambda links, blocks, extra: function(self.graph._replace(links=links), blocks, extra)  # noqa: E731
+    call = lambda links, blocks, extra: function(self.graph._replace(links=links), blocks, extra)
     if 0 not in (axis(graph.links), *blocks):
       return call(graph.links, self.blocks, extra)
     return jax.vmap(call, (axis(graph.links), blocks, extras))(graph.links, self.blocks, extra)
@@ -132,10 +132,10 @@ def method(net: Net, algorithm: Algorithm, recipe: Recipe) -> Method:
       name: init_layer(conv, layer_key, task, width)
       for name, layer_key, width in zip(names, jax.random.split(key, net.depth), widths, strict=True)
     }
-    shape = lambda streams: jax.eval_shape(lambda p: forward(conv, p, streams), params[names[0]])  # noqa: E731
+    shape = lambda streams: jax.eval_shape(lambda p: forward(conv, p, streams), params[names[0]])
     hidden, queried = shape(streams), shape(query)
     scores = jax.eval_shape(lambda z: algorithm.score(z, task, "validation"), queried)
-    zeros = lambda like: jnp.zeros(like.shape, like.dtype)  # noqa: E731
+    zeros = lambda like: jnp.zeros(like.shape, like.dtype)
     start = engine.begin(params, {name: tx.init(p) for name, p in params.items()})
     return LayerRun(
       params, start.moments, params, start.score, start.waited, start.stopped, start.loss, drawn,
@@ -149,7 +149,7 @@ def method(net: Net, algorithm: Algorithm, recipe: Recipe) -> Method:
     if index:
       streams = above(streams, run.hidden)
       query = None if query is None else above(query, run.queried)
-    freeze = lambda s: s.map(lambda graph, blocks, _: frozen_aggregate(net.kind, graph, blocks))  # noqa: E731
+    freeze = lambda s: s.map(lambda graph, blocks, _: frozen_aggregate(net.kind, graph, blocks))
     known, known_query = freeze(streams), None if query is None else freeze(query)
 
     def update(params, moments, states):
@@ -172,7 +172,7 @@ def method(net: Net, algorithm: Algorithm, recipe: Recipe) -> Method:
       run.params[name], run.moments[name], (), run.loss, run.best[name], run.score, run.waited, run.stopped
     )
     progress, epoch, done = engine.run_epochs(progress, state.epoch, update, validate, recipe)
-    new = lambda tree, leaf: tree | {name: leaf}  # noqa: E731
+    new = lambda tree, leaf: tree | {name: leaf}
     run = run._replace(
       params=new(run.params, progress.params), moments=new(run.moments, progress.moments),
       best=new(run.best, progress.best), score=progress.score, waited=progress.waited, stopped=progress.stopped,
@@ -262,7 +262,7 @@ def goodness_loss(goodness: Float[Array, "k n"], mask: Any, theta: float) -> Flo
   At goodness = theta both terms are ln 2.
   """
   positive, negative = jax.nn.softplus(theta - goodness[0]), jax.nn.softplus(goodness[1:] - theta)
-  over = lambda x: jnp.sum(x * mask) / jnp.sum(mask)  # noqa: E731
+  over = lambda x: jnp.sum(x * mask) / jnp.sum(mask)
   return over(positive) + over(negative.mean(axis=0))
 
 

@@ -190,7 +190,7 @@ def node_splits(num_nodes: int, *, folds: int = 5) -> list[evaluation.NodeSplit]
 
   Source: `src/datasets/datasplit.py` of the official code, whose seeds these are.
   """
-  mask = lambda index: np.isin(np.arange(num_nodes), index)  # noqa: E731
+  mask = lambda index: np.isin(np.arange(num_nodes), index)
   splits = []
   for i, (rest, test) in enumerate(KFold(folds, shuffle=True, random_state=101).split(np.arange(num_nodes))):
     train, validation = train_test_split(rest, test_size=0.2, random_state=127 * i, shuffle=True)

@@ -62,7 +62,7 @@ class CVAE(nn.Module):
     self.decoder = PairLinear(self.hidden, **types)
     self.output = layers.Linear(self.features, **types)
     if self.continuous:
-      norm = lambda: nn.BatchNorm(momentum=0.9, axis_name=self.axis_name, **types)  # noqa: E731
+      norm = lambda: nn.BatchNorm(momentum=0.9, axis_name=self.axis_name, **types)
       self.encoder_norm, self.decoder_norm, self.output_norm = norm(), norm(), norm()
 
   def __call__(

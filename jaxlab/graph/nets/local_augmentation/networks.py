@@ -190,7 +190,7 @@ class LAGCNII(_Network):
   ) -> Float[Array, "n classes"]:
     """As `LAGCN`."""
     inputs, operator = self._inputs(graph, generated, operator)
-    linear = lambda width, name: layers.Linear(width, name=name, **self._types)  # noqa: E731
+    linear = lambda width, name: layers.Linear(width, name=name, **self._types)
     first = [nn.relu(linear(self.hidden, f"first_{i}")(self._drop(x, train))) for i, x in enumerate(inputs)]
     initial = jnp.concatenate(first, -1)
 
@@ -356,7 +356,7 @@ def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
   Raises:
     ValueError: if the names belong to none, or listing every missing, unused or misshaped tensor.
   """
-  count = lambda prefix: len({n.split(".")[1] for n in state_dict if n.startswith(f"{prefix}.")})  # noqa: E731
+  count = lambda prefix: len({n.split(".")[1] for n in state_dict if n.startswith(f"{prefix}.")})
   for name, rules in (
     ("encoder.MLP.L0.weight", _cvae),
     ("gcn1_list.0.weight", _gcn),

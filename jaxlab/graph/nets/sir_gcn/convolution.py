@@ -77,7 +77,7 @@ class SIRConv(nn.Module):
         raise ValueError(f"{name}: got {value}, expected at least 1")
     check_rate("dropout", self.dropout)
     op = operator_of(graph, x)
-    drop: Any = lambda v: layers.Dropout(self.dropout)(v, train=train)  # noqa: E731
+    drop: Any = lambda v: layers.Dropout(self.dropout)(v, train=train)
     q = drop(self._linear(self.hidden, self.inner_bias, "query")(x))
     k = drop(self._linear(self.hidden, False, "key")(x))
     relation = self._linear(self.features, self.outer_bias, "relation")
@@ -131,7 +131,7 @@ class SIRConvBase(nn.Module):
 
 def _coefficients(op: sparse.Operator, aggregation: Aggregation) -> Float[Array, " e"]:
   """c_vu of every edge."""
-  degree = lambda starts: jnp.maximum(jnp.diff(starts), 1).astype("float32")  # noqa: E731
+  degree = lambda starts: jnp.maximum(jnp.diff(starts), 1).astype("float32")
   if aggregation == "mean":
     return (1 / degree(op.row_starts))[op.rows]
   if aggregation == "sym":

@@ -89,11 +89,11 @@ class PreNormSIRGCN(nn.Module):
     _check_network(self, graph, 2)
     op = operator_of(graph if operator is None else operator, graph.nodes)
     mask = structure.node_mask(graph)
-    drop: Any = lambda v: layers.Dropout(self.dropout)(v, train=train)  # noqa: E731
-    norm = lambda name, v: Norm(self.norm, self.axis_name, self.dtype, self.param_dtype, name=name)(  # noqa: E731
+    drop: Any = lambda v: layers.Dropout(self.dropout)(v, train=train)
+    norm = lambda name, v: Norm(self.norm, self.axis_name, self.dtype, self.param_dtype, name=name)(
       graph, v, mask, train=train
     )
-    linear = lambda width, name: layers.Linear(width, True, "torch", self.dtype, self.param_dtype, name=name)  # noqa: E731
+    linear = lambda width, name: layers.Linear(width, True, "torch", self.dtype, self.param_dtype, name=name)
     gelu = pairwise.ACTIVATIONS["gelu"]
 
     x = gelu(drop(linear(self.hidden, "encoder")(graph.nodes)))
@@ -178,9 +178,9 @@ class SIRGCN(nn.Module):
     if self.pool not in (None, "sum", "mean"):
       raise ValueError(f"pool: got {self.pool!r}, expected 'sum', 'mean' or None")
     mask = structure.node_mask(graph)
-    drop: Any = lambda rate, v: layers.Dropout(rate)(v, train=train)  # noqa: E731
+    drop: Any = lambda rate, v: layers.Dropout(rate)(v, train=train)
     options = (self.axis_name, self.dtype, self.param_dtype)
-    linear = lambda width, name: layers.Linear(width, True, "torch", self.dtype, self.param_dtype, name=name)  # noqa: E731
+    linear = lambda width, name: layers.Linear(width, True, "torch", self.dtype, self.param_dtype, name=name)
     act = pairwise.ACTIVATIONS["leaky_relu"]
 
     x = drop(self.input_dropout, self._encode(graph.nodes))
@@ -249,11 +249,11 @@ class DictionaryLookup(nn.Module):
     """Logits over values; `graph.nodes` [N, 2] integers (key, value), n standing for no value."""
     del train  # the published network has nothing that differs in training
     _check_network(self, graph, 2)
-    linear = lambda width, bias, name: layers.Linear(width, bias, "torch", self.dtype, self.param_dtype, name=name)  # noqa: E731
+    linear = lambda width, bias, name: layers.Linear(width, bias, "torch", self.dtype, self.param_dtype, name=name)
     key, value = (embed(self, self.size + 1, self.hidden, name) for name in ("key_embedding", "value_embedding"))
     x = key(graph.nodes[:, 0]) + value(graph.nodes[:, 1])
     inner = linear(self.hidden, True, "activation")
-    sigma = lambda z: nn.relu(inner(nn.relu(z)))  # noqa: E731
+    sigma = lambda z: nn.relu(inner(nn.relu(z)))
     conv = SIRConv(self.hidden, self.hidden, sigma, dtype=self.dtype, param_dtype=self.param_dtype, name="conv_0")
     x = conv(operator_of(graph._replace(nodes=x) if operator is None else operator, x), x)
     return linear(self.size, False, "classifier")(x)
