@@ -64,4 +64,4 @@ def test_import_is_lazy():
   assert modules == ["jaxlab"]
   assert jaxlab.catalog is catalog
   with pytest.raises(AttributeError, match="nothing"):
-    jaxlab.nothing
+    jaxlab.nothing  # noqa: B018

@@ -115,7 +115,7 @@ def _adjoin(typing, zoh, u, d, gy, count, A, b, c, keep, h, new, decay, adjoint,
       value, B, stored = v.load(at(A)), v.scalar(b, loop.index), v.load(at(decay))
       m = fma(gy, v.scalar(c, loop.index), v.load(at(adjoint)))
       a = builder.fadd(stored, v.constant(1.0)) if zoh_ else stored
-      l = mul(keep, mul(a, m))
+      l = mul(keep, mul(a, m))  # noqa: E741
       v.store(l, at(adjoint))
       lh = mul(l, v.load(at(h)))
       accumulate(at(vC), gy, v.load(at(new)))

@@ -205,7 +205,7 @@ def test_seeds_are_logged_as_lists(tmp_path):
 
 
 def test_tensorboard_holds_the_metrics(tmp_path):
-  from tensorboardX.event_file_writer import EventFileWriter
+  from tensorboardX.event_file_writer import EventFileWriter  # noqa: F401
   from tensorboardX.proto.event_pb2 import Event
 
   fit(tmp_path, 3, tensorboard=True)

@@ -11,6 +11,7 @@ from jaxlab.graph import common_neighbors, sparse, structure
 from jaxlab.graph.links import neural_common_neighbor as ncn
 
 NODES, FEATURES, PAIRS = 11, 5, 9
+EDGE = np.array([[0], [1]])
 
 
 class Inputs(NamedTuple):
@@ -88,7 +89,7 @@ CASE = Case(
     "dropout of one": (init(GRAPH, SETS, head={"dropout": 1.0}), "dropout"),
     "pairs without candidates": (init(GRAPH, SETS.replace(inner=None)), "pairs"),
     "pairs of another graph": (
-      init(GRAPH, common_neighbors.pairs(common_neighbors.adjacency(np.array([[0], [1]]), 3), np.array([[0], [1]]), depth=1)),
+      init(GRAPH, common_neighbors.pairs(common_neighbors.adjacency(EDGE, 3), EDGE, depth=1)),
       "pairs",
     ),
     "operator of another graph": (
