@@ -11,8 +11,9 @@ self-loops, X the row-normalised features, G_i (the paper's X bar) generated one
 
     cvae          the generator: `CVAE`, `negative_elbo`, `generate`
     selector      when to stop training it: a scout network's disagreement U, as the Learner `selection`
-    networks      LA-GCN, LA-GAT, LA-GCNII, the OGB networks (GCN, SAGE, "average") and GRAND's MLP; `from_torch`
+    networks      LA-GCN, LA-GAT, LA-GCNII, the OGB networks (GCN, SAGE, "average") and GRAND's MLP
     training      consistency training of any of them as a Learner; the published recipes
+    weights       `from_torch`
 
 The decoder learns a neighbour from a centre but is used with each node as the centre: row i of G is an invented
 neighbour of i, in the place of i.
@@ -32,7 +33,6 @@ from jaxlab.graph.nets.local_augmentation.networks import (
   LAGCN,
   LAGCNII,
   LAOGB,
-  from_torch,
   official_init,
   random_propagation,
 )
@@ -48,6 +48,7 @@ from jaxlab.graph.nets.local_augmentation.training import (
   grand,
   learner,
 )
+from jaxlab.graph.nets.local_augmentation.weights import from_torch
 
 __all__ = [
   "CVAE",
