@@ -347,15 +347,11 @@ def link_top_down(net: Net, recipe: Recipe = Recipe(l2=0.0), *, sweeps: int = 10
   def setting(task: LinkTask, _: Any, view: View) -> Sweeps:
     return Sweeps(net.conv(), _names(net), task.graph(view), normalize(task.features), [])
 
-  def logits(z: Array, pairs: Any) -> Array:
-    z = z.astype("float32")
-    return pairs.logits(lambda i, j: jnp.sum(z[i] * z[j], axis=1))
-
   def loss(z: Array, task: LinkTask) -> Array:
-    return engine.pair_cross_entropy(logits(z, task.train))
+    return engine.pair_cross_entropy(task.train.products(z).sum(axis=1))
 
   def score(z: Array, task: LinkTask, view: View) -> Array:
-    return jax.nn.sigmoid(logits(z, getattr(task, view)))
+    return jax.nn.sigmoid(getattr(task, view).products(z).sum(axis=1))
 
   return _alternating(net, recipe, sweeps, skip, lambda key, task: (), setting, loss, score)
 
@@ -384,8 +380,7 @@ def backprop(net: Net, recipe: Recipe = Recipe()) -> Method:
     return apply(convs[-1], params[names[-1]], graph, [h])
 
   def scores(z: Array, task: Any, view: str) -> Array:
-    z = z.astype("float32")
-    return getattr(task, view).logits(lambda i, j: jnp.sum(z[i] * z[j], axis=1)) if isinstance(task, LinkTask) else z
+    return getattr(task, view).products(z).sum(axis=1) if isinstance(task, LinkTask) else z.astype("float32")
 
   def init(key: Array, task: Any) -> Any:
     widths = [task.features.shape[1], *[net.hidden] * (net.depth - 1)]

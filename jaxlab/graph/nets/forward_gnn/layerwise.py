@@ -24,7 +24,7 @@ from jaxlab.graph.nets.forward_gnn.convolution import (
   stack,
 )
 from jaxlab.graph.nets.forward_gnn.engine import Method, Net, Recipe, State, classes_of, init_layer
-from jaxlab.graph.nets.forward_gnn.tasks import LinkTask, NodeTask, View
+from jaxlab.graph.nets.forward_gnn.tasks import LinkTask, NodeTask, Pairs, View
 from jaxlab.train.learner import Metrics
 
 
@@ -384,11 +384,9 @@ def link_forward(
   if loss not in ("ce", "ff"):
     raise ValueError(f"loss: got {loss!r}, expected 'ce' or 'ff'")
 
-  def logits(z: Array, pairs: Any) -> Array:
-    z = z.astype("float32")
-    if loss == "ce":
-      return pairs.logits(lambda i, j: jnp.sum(z[i] * z[j], axis=1))
-    return pairs.logits(lambda i, j: jnp.sum((z[i] * z[j]) ** 2, axis=1)) - theta
+  def logits(z: Array, pairs: Pairs) -> Array:
+    products = pairs.products(z)
+    return jnp.sum(products, axis=1) if loss == "ce" else jnp.sum(products**2, axis=1) - theta
 
   def query(task: LinkTask, _: Any, view: View) -> Streams:
     return Streams(task.graph(view), [normalize(task.features)])

@@ -1,7 +1,7 @@
 """What the learners train on: one graph and several splits of its nodes or edges."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,9 +54,11 @@ class Pairs(NamedTuple):
   positive: Int[Array, "s 2 p"]
   negative: Int[Array, "s 2 p"]
 
-  def logits(self, products: Any) -> Float[Array, " p2"]:
-    """`products(z_i, z_j)` of the positive pairs, then of the negative ones; of one split."""
-    return products(*jnp.concatenate([self.positive, self.negative], axis=1))
+  def products(self, z: Float[Array, "n h"]) -> Float[Array, "p2 h"]:
+    """z_i z_j, entry by entry, in float32: of the positive pairs, then of the negative ones; of one split."""
+    i, j = jnp.concatenate([self.positive, self.negative], axis=1)
+    z = z.astype("float32")
+    return z[i] * z[j]
 
 
 class LinkTask(NamedTuple):
