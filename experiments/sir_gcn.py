@@ -523,6 +523,8 @@ def draw(config: Config, curves: dict[str, Any], folder: pathlib.Path) -> None:
   figure, ((axes,),) = train.figures.subplots(1, 1, width=5.5)
   label = MEASURE[config.task][0]
   train.figures.curves(axes, curves, xlabel="epoch", ylabel=label, title=f"{config.task}: {label}")
+  if config.task != "minesweeper":
+    axes.set_xscale("log")  # what solves a task does so within the first epochs
   if config.task == "edge_count":
     axes.set_yscale("log")
   train.figures.save(figure, folder / "figure.png")
