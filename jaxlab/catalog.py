@@ -70,7 +70,7 @@ SYSTEMS: tuple[System, ...] = (
   System("recurrent_graph_evolution", "graph.nets", "ReGENN", "From Cities to Series: Complex Networks and Deep Learning for Improved Spatial and Temporal Analytics", "2206.01176"),
   System("graphfm", "graph.nets", "GraphFM", "GraphFM: A Comprehensive Benchmark for Graph Foundation Model", "2406.08310"),
   System("neural_common_neighbor", "graph.links", "NCN, NCNC", "Neural Common Neighbor with Completion for Link Prediction", "2302.00890", "done"),
-  System("nat", "graph.links", "NAT", "Neighborhood-aware Scalable Temporal Network Representation Learning", "2209.01084"),
+  System("nat", "graph.links", "NAT", "Neighborhood-aware Scalable Temporal Network Representation Learning", "2209.01084", "done"),
   System("topological_concentration", "graph.links", "TC", "A Topological Perspective on Demystifying GNN-Based Link Prediction Performance", "2310.04612", "done"),
   System("simplicial_closure", "graph.links", "ScHoLP", "Simplicial closure and higher-order link prediction", "1802.06916"),
   System("netinfof", "graph.links", "NetInfoF", "NetInfoF Framework: Measuring and Exploiting Network Usable Information", "2402.07999"),
