@@ -48,8 +48,8 @@ def torch_scan(parallel):
 
   def sequential(a, x):
     h, states = torch.zeros_like(x[:, 0]), []
-    for t in range(x.shape[1]):
-      h = a[:, t] * h + x[:, t]
+    for a_t, x_t in zip(a.unbind(1), x.unbind(1), strict=True):  # indexing would cost a gradient of all steps for each
+      h = a_t * h + x_t
       states.append(h)
     return torch.stack(states, 1)
 
