@@ -61,7 +61,7 @@ SYSTEMS: tuple[System, ...] = (
   System("mip_hypernetwork", "models", "MIP", "Magnitude Invariant Parametrizations Improve Hypernetwork Learning", "2304.07645"),
   System("dagnn", "graph.nets", "DAGNN", "Towards Deeper Graph Neural Networks", "2007.09296", "done"),
   System("sir_gcn", "graph.nets", "SIR-GCN", "Contextualized Messages Boost Graph Representations", "2403.12529", "done"),
-  System("graph_mamba", "graph.nets", "Graph Mamba", "Graph Mamba: Towards Learning on Graphs with State Space Models", "2402.08678"),
+  System("graph_mamba", "graph.nets", "Graph Mamba", "Graph Mamba: Towards Learning on Graphs with State Space Models", "2402.08678", "done"),
   System("large_graph_transformer", "graph.nets", "LargeGT", "Graph Transformers for Large Graphs", "2312.11109"),
   System("subgraph_equivariant", "graph.nets", "SPEN", "Subgraph Permutation Equivariant Networks", "2111.11840"),
   System("local_augmentation", "graph.nets", "LAGNN", "Local Augmentation for Graph Neural Networks", "2109.03856", "done"),
