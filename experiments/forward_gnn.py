@@ -47,8 +47,8 @@ class Config:
   """Most epochs of a layer."""
   hidden: int = 128
   """Width of every layer."""
-  only: tuple[str, ...] = ()
-  """Names of algorithms to train now; without, all of them, and then the figure and the result."""
+  algorithms: tuple[str, ...] = ()
+  """Names of algorithms, as in `LAYERWISE` and `JOINT`; default all of the task. What was trained before is kept."""
   preset: Literal["demo", "paper"] = "demo"
   """paper: the published recipe in full, 1 to 4 layers of at most 1000 epochs."""
   workdir: pathlib.Path = pathlib.Path("runs/forward_gnn")
@@ -91,14 +91,25 @@ def load(config: Config) -> fg.NodeTask | fg.LinkTask:
   return fg.node_task(dataset.features, dataset.senders, dataset.receivers, dataset.labels, splits[: config.splits])
 
 
+def chosen(config: Config) -> list[str]:
+  """Names of the algorithms."""
+  every = [*JOINT[config.task], *LAYERWISE[config.task]]
+  if unknown := set(config.algorithms) - set(every):
+    raise ValueError(f"algorithms: got {sorted(unknown)}, expected names among {every}")
+  return [name for name in every if name in config.algorithms or not config.algorithms]
+
+
 def methods(config: Config, num_classes: int | None) -> dict[str, fg.Method]:
-  """Every algorithm: layer-wise ones at the largest depth, the others at each."""
+  """The algorithms: layer-wise ones at the largest depth, the others at each."""
   recipe = fg.Recipe(epochs=config.epochs)
   net = lambda depth: fg.Net(num_classes, config.hidden, depth, config.kind)
-  made = {
-    f"{name}, {d} layers": make(net(d), recipe) for name, make in JOINT[config.task].items() for d in config.depths
-  }
-  return made | {name: make(net(max(config.depths)), recipe) for name, make in LAYERWISE[config.task].items()}
+  deepest, made = max(config.depths), {}
+  for name in chosen(config):
+    if name in LAYERWISE[config.task]:
+      made[name] = LAYERWISE[config.task][name](net(deepest), recipe)
+    else:
+      made |= {f"{name}, {d} layers": JOINT[config.task][name](net(d), recipe) for d in config.depths}
+  return made
 
 
 def results(config: Config, name: str, metrics: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -126,7 +137,7 @@ def draw(
 ) -> None:
   """The metric of every algorithm at each depth, and memory against depth."""
   figure, axes = train.figures.subplots(1, 2 if megabytes else 1, width=5.5)
-  names = [*JOINT[config.task], *LAYERWISE[config.task]]
+  names = chosen(config)
   for k, depth in enumerate(config.depths):
     series = np.array([values[f"{name}, {depth} layers"] for name in names])
     place = np.arange(len(names)) + (k - (len(config.depths) - 1) / 2) * 0.2
@@ -172,19 +183,14 @@ def main(config: Config) -> None:
   num_classes = int(task.labels.max()) + 1 if isinstance(task, fg.NodeTask) else None
   depths = "-".join(map(str, config.depths))
   folder = config.workdir / f"{config.dataset}-{config.task}-{config.kind}-{depths}-{config.splits}-{config.epochs}"
-  record = settings({k: v for k, v in dataclasses.asdict(config).items() if k != "only"})
+  record = settings(dataclasses.asdict(config) | {"algorithms": chosen(config)})
   path = folder / "result.json"
   if path.exists() and (result := json.loads(path.read_text()))["config"] == record:
     rich.print(f"Finished on {result['finished']}; delete {folder} to run it again.")
     return report(result)
 
-  every = methods(config, num_classes)
-  if unknown := set(config.only) - set(every):
-    raise ValueError(f"only: got {sorted(unknown)}, expected names among {list(every)}")
   values: dict[str, np.ndarray] = {}
-  for name, method in every.items():
-    if config.only and name not in config.only:
-      continue
+  for name, method in methods(config, num_classes).items():
     rich.print(f"[bold]{name}[/bold]")
     place = folder / name.replace(", ", "-").replace(" ", "_")
     setting = {"method": name, **{k: record[k] for k in ("dataset", "task", "kind", "splits", "epochs", "hidden")}}
@@ -195,11 +201,9 @@ def main(config: Config) -> None:
     measured = jax.device_get(jax.jit(method.learner.evaluate)(state, task))
     values |= results(config, name, {k: np.asarray(v, np.float64) for k, v in measured.items()})
     rich.print(f"{np.mean(values[list(values)[-1]]):.2f} % in {time.perf_counter() - began:.0f} s")
-  if config.only:
-    return
   megabytes = step_memory(task, config, tuple(range(1, 5))) if isinstance(task, fg.NodeTask) else {}
   draw(config, values, megabytes, folder)
-  order = [f"{name}, {d} layers" for d in config.depths for name in (*JOINT[config.task], *LAYERWISE[config.task])]
+  order = [f"{name}, {d} layers" for d in config.depths for name in chosen(config)]
   published = PUBLISHED.get(config.dataset, {}) if config.kind == "gcn" and config.task == "nodes" else {}
   metrics = {name: values[name] for name in order}
   for name, sizes in megabytes.items():

@@ -46,7 +46,7 @@ def test_bad_settings_are_named(tmp_path):
   for changes, argument in (
     ({"depths": ()}, "depths"),
     ({"splits": 6}, "splits"),
-    ({"only": ("SGD",)}, "only"),
+    ({"algorithms": ("SGD",)}, "algorithms"),
   ):
     with pytest.raises(ValueError, match=f"^{argument}: got"):
       experiment.main(experiment.Config(workdir=tmp_path, **changes))
