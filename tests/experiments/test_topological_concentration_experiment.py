@@ -35,14 +35,15 @@ def test_compares_on_a_small_graph(tmp_path, monkeypatch):
   monkeypatch.setattr(experiment.planetoid, "load", lambda name: small)
   recipe = experiment.tc.RECIPES["cora", "gcn"]._replace(features=8, batch_size=64, k=5)
   monkeypatch.setitem(experiment.tc.RECIPES, ("cora", "gcn"), recipe)
-  experiment.main(experiment.Config(seeds=2, epochs=2, workdir=tmp_path))
+  experiment.main(experiment.Config(seeds=2, epochs=2, rates=(0.001, 0.01), workdir=tmp_path))
   mean = metrics(tmp_path / "cora-gcn-2x2")
   assert -1 <= mean["Spearman of Recall@10 with TC"] <= 1
   assert mean["weighted TC, plain"] > 0
   assert 0 <= mean["test Hits@100 (%), re-weighted"] <= 100
+  assert mean["weighted TC, plain, scaled"] == pytest.approx(mean["weighted TC, plain"], rel=1e-5)
 
 
 def test_bad_config():
-  for config in (experiment.Config(seeds=0), experiment.Config(epochs=0), experiment.Config(shift=True, scaling=True)):
-    with pytest.raises(ValueError, match="^(seeds|epochs|shift): got"):
-      experiment.main(config)
+  for change in ({"seeds": 0}, {"epochs": 0}, {"rates": ()}, {"shift": True, "scaling": True}):
+    with pytest.raises(ValueError, match=f"^{next(iter(change))}: got"):
+      experiment.main(experiment.Config(**change))
