@@ -3,13 +3,13 @@
     python experiments/topological_concentration.py                       # Cora, minutes
     python experiments/topological_concentration.py --dataset citeseer --conv sage
     python experiments/topological_concentration.py --shift               # splits by time and at random
-    python experiments/topological_concentration.py --scaling             # ATC and exact TC, up to 10^7 edges
+    python experiments/topological_concentration.py --scaling  # ATC and exact TC, up to 10^7 edges
     python experiments/topological_concentration.py --preset paper        # 10 seeds of 1000 epochs
 
 Every seed has a split of its own, which all models share with the initialisation, the order of pairs and the number of
 epochs. Re-weighting adds alpha times the base mass to messages, which makes embeddings larger and training faster; so
 every model has its learning rate picked from the same few, by validation on the first two splits, and one more model
-has every message scaled by 1 + alpha without any score. Each run is taken at the epoch of best validation Hits@100. Then
+has every message scaled by 1 + alpha without a score. Each run is taken at the epoch of best validation Hits@100. Then
 all nodes are ranked for every node with a test edge, and the Recall@10 of these nodes is compared with what the train
 graph says about them: Spearman's correlation with TC, ATC and degree.
 """
@@ -213,7 +213,8 @@ def compare(config: Config, folder: pathlib.Path) -> tuple[dict[str, Any], str, 
   claim = (
     f"Spearman with per-node Recall@{TOP}: TC {rho['TC'].mean():.3f} ± {interval(rho['TC']):.3f}, degree "
     f"{rho['degree'].mean():.3f} ± {interval(rho['degree']):.3f}, difference {gain.mean():+.3f} ± {interval(gain):.3f} "
-    f"(95 % intervals over {config.seeds} splits). Test Hits@100 beside the plain model, in points: {said}. Rates: {rates}."
+    f"(95 % intervals over {config.seeds} splits). Test Hits@100 beside the plain model, in points: {said}. "
+    f"Rates: {rates}."
   )
   draw(config, rho, runs, scores, folder)
   source = "as the paper's summary words it: correlation 82.10 % higher than degree's, over its datasets"
