@@ -208,7 +208,7 @@ def draw(curves: dict[str, list[Curve]], counts: dict[str, np.ndarray], config: 
   right.set_title("At the epoch of best validation", fontsize=left.title.get_fontsize())
   right.invert_yaxis()
   if published:
-    right.legend(loc="lower left")
+    right.legend(loc="lower right", fontsize=9)
   train.figures.save(figure, folder / "figure.png")
 
 
