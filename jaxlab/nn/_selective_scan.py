@@ -157,6 +157,8 @@ def _load_A(tile, A, v, first, count):
       tile[n, j] = A[v, first + j, n] if j < count else -1
 
 
+# Addresses of tiles are taken where they are used: numba frees an array after the last mention of its name.
+#
 # Operands of both kernels: u, d [S, L, C], A [V, C, N], B, C [S, L, G, N], resets [S, L] int32. V divides S, and
 # s uses A[s // (S / V)]. `reverse` takes the steps from the last to the first; `resets` keeps the array's order.
 
@@ -183,7 +185,6 @@ def forward(zoh: bool, reverse: bool) -> kernels.Kernel:
     count = min(LANES, (g + 1) * width - first)
     tA, h = _tiles(order), _tiles(order)
     _load_A(tA, A, a, first, count)
-    at_A, at_h = tA.ctypes.data, h.ctypes.data
     for s in range(a * sequences + sequences * run // runs, a * sequences + sequences * (run + 1) // runs):
       h[:] = 0
       for step in range(length):
@@ -192,8 +193,9 @@ def forward(zoh: bool, reverse: bool) -> kernels.Kernel:
         t = length - 1 - step if reverse else step
         x, token = 4 * ((s * length + t) * u.shape[2] + first), 4 * order * ((s * length + t) * groups + g)
         _recur(
-          zoh, False, u.ctypes.data + x, d.ctypes.data + x, count, at_A, B.ctypes.data + token, C.ctypes.data + token,
-          np.float32(0) if resets[s, t] else np.float32(1), at_h, at_h, y.ctypes.data + x, order,
+          zoh, False, u.ctypes.data + x, d.ctypes.data + x, count, tA.ctypes.data, B.ctypes.data + token,
+          C.ctypes.data + token, np.float32(0) if resets[s, t] else np.float32(1), h.ctypes.data, h.ctypes.data,
+          y.ctypes.data + x, order,
         )  # fmt: skip
 
   return kernel
@@ -230,7 +232,6 @@ def backward(zoh: bool, reverse: bool) -> kernels.Kernel:
       first = g * width + v * LANES
       own = tA[(v - low) * order : (v - low + 1) * order]
       _load_A(own, A, a, first, min(LANES, (g + 1) * width - first))
-    at_h, at_decay, at_vB, at_vC = h.ctypes.data, decay.ctypes.data, vB.ctypes.data, vC.ctypes.data
     for s in range(a * sequences + sequences * run // runs, a * sequences + sequences * (run + 1) // runs):
       adjoint[:] = 0
       for chunk in range((length - 1) // CHUNK, -1, -1):
@@ -249,8 +250,8 @@ def backward(zoh: bool, reverse: bool) -> kernels.Kernel:
             x, token = 4 * ((s * length + t) * u.shape[2] + first), 4 * order * ((s * length + t) * groups + g)
             _recur(
               zoh, True, u.ctypes.data + x, d.ctypes.data + x, count, tA.ctypes.data + own, B.ctypes.data + token,
-              C.ctypes.data + token, np.float32(0) if resets[s, t] else np.float32(1), at_h + tile * k,
-              at_h + tile * (k + 1), at_decay + tile * k, order,
+              C.ctypes.data + token, np.float32(0) if resets[s, t] else np.float32(1), h.ctypes.data + tile * k,
+              h.ctypes.data + tile * (k + 1), decay.ctypes.data + tile * k, order,
             )  # fmt: skip
           for k in range(steps - 1, -1, -1):
             t = length - 1 - start - k if reverse else start + k
@@ -258,8 +259,9 @@ def backward(zoh: bool, reverse: bool) -> kernels.Kernel:
             _adjoin(
               zoh, u.ctypes.data + x, d.ctypes.data + x, gy.ctypes.data + x, count, tA.ctypes.data + own,
               B.ctypes.data + token, C.ctypes.data + token, np.float32(0) if resets[s, t] else np.float32(1),
-              at_h + tile * k, at_h + tile * (k + 1), at_decay + tile * k, adjoint.ctypes.data + own, at_vB + tile * k,
-              at_vC + tile * k, tgA.ctypes.data + own, gu.ctypes.data + x, gd.ctypes.data + x, order,
+              h.ctypes.data + tile * k, h.ctypes.data + tile * (k + 1), decay.ctypes.data + tile * k,
+              adjoint.ctypes.data + own, vB.ctypes.data + tile * k, vC.ctypes.data + tile * k, tgA.ctypes.data + own,
+              gu.ctypes.data + x, gd.ctypes.data + x, order,
             )  # fmt: skip
         for k in range(steps):
           t = length - 1 - start - k if reverse else start + k

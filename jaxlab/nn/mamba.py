@@ -35,6 +35,7 @@ class MambaMixer(nn.Module):
     conv_size: taps of the convolution over tokens.
     dt_rank: rank of the step sizes; None for ceil(channels / 16).
     reverse: read each segment from its last token to its first.
+    recurrent: False where every sequence is one token: no state decays then, and Mamba's rule needs no A.
     discretization: as `selective_scan`.
     dtype: compute dtype; the recurrence runs in float32.
     param_dtype: parameter dtype.
@@ -45,6 +46,7 @@ class MambaMixer(nn.Module):
   conv_size: int = 4
   dt_rank: int | None = None
   reverse: bool = False
+  recurrent: bool = True
   discretization: Discretization = "mamba"
   dtype: jax.typing.DTypeLike = "float32"
   param_dtype: jax.typing.DTypeLike = "float32"
@@ -54,7 +56,7 @@ class MambaMixer(nn.Module):
     """Tokens to tokens.
 
     Raises:
-      ValueError: a size that is not positive.
+      ValueError: a size that is not positive, or several tokens without `recurrent`.
     """
     for name in ("state_size", "expand", "conv_size"):
       if getattr(self, name) < 1:
@@ -71,12 +73,19 @@ class MambaMixer(nn.Module):
     delta, B, C = jnp.split(dense(rank + 2 * self.state_size, "x_proj")(hidden), (rank, rank + self.state_size), -1)
     step = StepSize(inner, self.dtype, self.param_dtype, name="dt_proj")
     delta, delta_bias = step(delta)
-    A_log = self.param("A_log", _log_range, (inner, self.state_size), self.param_dtype)
     D = self.param("D", nn.initializers.ones, (inner,), self.param_dtype)
-    y = selective_scan(
-      hidden, delta, -jnp.exp(A_log.astype("float32")), B, C, D, z=gate, delta_bias=delta_bias, delta_softplus=True,
-      starts=starts, reverse=self.reverse, discretization=self.discretization,
-    )  # fmt: skip
+    if self.recurrent or self.discretization == "zoh":
+      A_log = self.param("A_log", _log_range, (inner, self.state_size), self.param_dtype)
+      y = selective_scan(
+        hidden, delta, -jnp.exp(A_log.astype("float32")), B, C, D, z=gate, delta_bias=delta_bias, delta_softplus=True,
+        starts=starts, reverse=self.reverse, discretization=self.discretization,
+      )  # fmt: skip
+    elif x.shape[-2] > 1:
+      raise ValueError(f"recurrent: got False for {x.shape[-2]} tokens, expected True")
+    else:
+      u, delta, B, C = (a.astype("float32") for a in (hidden, delta, B, C))
+      y = nn.softplus(delta + delta_bias) * u * (B * C).sum(-1, keepdims=True) + D.astype("float32") * u
+      y = (y * nn.silu(gate.astype("float32"))).astype(hidden.dtype)
     return dense(features, "out_proj")(y)
 
 
@@ -202,10 +211,12 @@ class BidirectionalMamba(nn.Module):
 
   Attributes:
     bidirectional: False for the forward mixer alone.
+    last_only: give the last token's output alone, [..., 1, C]; the backward mixer then reads that token and no other.
     state_size, expand, conv_size, discretization, dtype, param_dtype: as `MambaMixer`.
   """
 
   bidirectional: bool = True
+  last_only: bool = False
   state_size: int = 16
   expand: int = 2
   conv_size: int = 4
@@ -214,18 +225,10 @@ class BidirectionalMamba(nn.Module):
   param_dtype: jax.typing.DTypeLike = "float32"
 
   @nn.compact
-  def __call__(
-    self, x: Float[Array, "*b l c"], starts: Bool[Array, "*b l"] | None = None, *, last: bool = False
-  ) -> Float[Array, "*b m c"]:
-    """Tokens to tokens.
-
-    Args:
-      x: tokens.
-      starts: as `MambaMixer`.
-      last: only the last token's output is wanted, [..., 1, C]: the backward mixer then needs to read that token alone.
-    """
+  def __call__(self, x: Float[Array, "*b l c"], starts: Bool[Array, "*b l"] | None = None) -> Float[Array, "*b m c"]:
+    """Tokens to tokens; `starts` as `MambaMixer`."""
     normed = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(x)
-    wanted = slice(-1, None) if last else slice(None)
+    wanted = slice(-1, None) if self.last_only else slice(None)
     mixer = functools.partial(
       MambaMixer,
       self.state_size,
@@ -238,7 +241,8 @@ class BidirectionalMamba(nn.Module):
     total = mixer(name="forward")(normed, starts)[..., wanted, :]
     if self.bidirectional:
       starts = None if starts is None else starts[..., wanted]
-      total = total + mixer(reverse=True, name="backward")(normed[..., wanted, :], starts)
+      backward = mixer(reverse=True, recurrent=not self.last_only, name="backward")
+      total = total + backward(normed[..., wanted, :], starts)
     out = nn.Dense(
       x.shape[-1], use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=_torch_kernel, name="out"
     )

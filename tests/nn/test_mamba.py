@@ -104,8 +104,13 @@ def test_narrow_compute(block):
 
 def test_last_output_alone(block):
   net, variables, x, apply = block
-  alone = jax.jit(lambda v, x: net.apply(v, x, last=True))(variables, x)
+  backward = {name: p for name, p in variables["params"]["backward"].items() if name != "A_log"}
+  params = variables["params"] | {"backward": backward}  # of a state that is never used again
+  alone = jax.jit(net.clone(last_only=True).apply)({"params": params}, x)
   np.testing.assert_allclose(alone, apply(variables, x)[:, -1:], atol=1e-6)
+  zoh = [net.clone(discretization="zoh", last_only=last) for last in (True, False)]
+  alone, whole = (jax.jit(n.apply)(variables, x) for n in zoh)
+  np.testing.assert_allclose(alone, whole[:, -1:], atol=1e-6)
 
 
 @pytest.mark.skipif(not kernels.available(), reason="host kernels are for the CPU backend")
@@ -136,3 +141,5 @@ def test_forms_of_the_convolution_agree(reverse):
 def test_bad_input_is_named(name):
   with pytest.raises(ValueError, match=f"^{name}: got 0"):
     mamba.MambaMixer(**{name: 0}).init(jax.random.key(0), jnp.zeros((1, 2, 4)))
+  with pytest.raises(ValueError, match="^recurrent: got False for 2 tokens"):
+    jax.eval_shape(mamba.MambaMixer(recurrent=False).init, jax.random.key(0), jnp.zeros((1, 2, 4)))

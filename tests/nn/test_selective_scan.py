@@ -1,6 +1,9 @@
 """The selective scan in both forms beside a float64 loop, a convolution and each other."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +100,30 @@ def test_forms_have_one_gradient(channels, states, groups, discretization, rever
   monkeypatch.setattr(module, "_use_host", lambda u: False)
   for name, expected in gradient().items():
     np.testing.assert_allclose(mine[name], expected, atol=2e-6 * np.abs(expected).max(), rtol=2e-5, err_msg=name)
+
+
+@pytest.mark.skipif(not kernels.available(), reason="host kernels are for the CPU backend")
+def test_kernels_read_no_memory_that_they_have_freed(tmp_path):
+  """With glibc's freed memory overwritten, and kept in the process, where reading it would go unnoticed otherwise."""
+  script = tmp_path / "run.py"
+  script.write_text(
+    """
+import jax, numpy as np
+from jaxlab import memory
+from jaxlab.nn.selective_scan import selective_scan
+memory.keep()
+f = jax.jit(jax.value_and_grad(lambda u, A, B: selective_scan(u, abs(u), -A, B, B).sum(), (0, 1, 2)))
+rng = np.random.default_rng(0)
+u, A, B = (abs(rng.standard_normal(s)).astype("float32") for s in ((2, 600, 64), (64, 16), (2, 600, 16)))
+first, *others = (jax.device_get(f(u, A, B)) for _ in range(4))
+for other in others:
+  jax.tree.map(np.testing.assert_array_equal, first, other)
+assert np.isfinite(first[0]) and abs(first[0]) < 1e6, first[0]
+"""
+  )
+  environment = os.environ | {"MALLOC_PERTURB_": "165"}
+  done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_gradient_by_finite_differences(form):

@@ -148,12 +148,12 @@ class GraphMamba(nn.Module):
       same = jnp.take_along_axis(same, shuffle[..., None], axis=2)
       phi = jnp.concatenate([same.reshape(phi[:, :-1].shape), phi[:, -1:]], 1)
     for i in range(self.token_layers):
-      phi = self._block(f"token_block_{i}")(phi, last=i == self.token_layers - 1)
+      phi = self._block(f"token_block_{i}", last_only=i == self.token_layers - 1)(phi)
     return phi[:, -1]
 
-  def _block(self, name):
+  def _block(self, name, last_only=False):
     return BidirectionalMamba(
-      self.bidirectional, self.state_size, self.expand, self.conv_size, self.discretization, self.dtype,
+      self.bidirectional, last_only, self.state_size, self.expand, self.conv_size, self.discretization, self.dtype,
       self.param_dtype, name=name,
     )  # fmt: skip
 
