@@ -118,7 +118,7 @@ u, A, B = (abs(rng.standard_normal(s)).astype("float32") for s in ((2, 600, 64),
 first, *others = (jax.device_get(f(u, A, B)) for _ in range(4))
 for other in others:
   jax.tree.map(np.testing.assert_array_equal, first, other)
-assert np.isfinite(first[0]) and abs(first[0]) < 1e6, first[0]
+assert np.isfinite(first[0]) and abs(first[0]) < 1e8, first[0]
 """
   )
   environment = os.environ | {"MALLOC_PERTURB_": "165"}
