@@ -352,7 +352,8 @@ def scale(folder: pathlib.Path) -> tuple[dict[str, Any], str]:
     one.append(seconds(lambda graph=graph: tc.concentration(graph), 1 if m > 10**6 else 2))
     if m <= EXACT:
       exact.append(seconds(lambda graph=graph: tc.concentration(graph, depth=2), 1 if m == EXACT else 2))
-    rich.print(f"{m} edges: ATC {approximate[-1]:.3f} s, TC of one level {one[-1]:.3f} s, of two {exact[-1]:.3f} s")
+    of_two = f", of two {exact[-1]:.3f} s" if m <= EXACT else ""
+    rich.print(f"{m} edges: ATC {approximate[-1]:.3f} s, TC of one level {one[-1]:.3f} s{of_two}")
   shown = {
     "ATC, K = 2, width 16": (EDGES, approximate), "exact TC, K = 1": (EDGES, one),
     "exact TC, K = 2": (EDGES[: len(exact)], exact),
