@@ -209,6 +209,7 @@ def compare(config: Config, folder: pathlib.Path) -> tuple[dict[str, Any], str, 
     for name in list(runs)[1:]
   }
   rates = ", ".join(f"{name} {float(each[0].rate):g}" for name, each in runs.items())
+  changes["re-weighted over scaled"] = changes["re-weighted"] - changes["plain, scaled"]
   said = "; ".join(f"{name} {d.mean():+.2f} ± {interval(d):.2f}" for name, d in changes.items())
   claim = (
     f"Spearman with per-node Recall@{TOP}: TC {rho['TC'].mean():.3f} ± {interval(rho['TC']):.3f}, degree "
