@@ -1,0 +1,106 @@
+"""From co-occurrence to vectors: positive mutual information and its rank-k factor. With random walks, for comparison."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jaxlab.graph import sparse
+
+
+def ppmi(matrix: scipy.sparse.csr_array) -> scipy.sparse.csr_array:
+  """Host. Positive pointwise mutual information max(0, log(M_ij sum(M) / (r_i r_j))) of M, with row sums r.
+
+  A matrix that is not symmetric, as of two different orbits, is added to its transpose first. Zeros stay zeros.
+
+  Args:
+    matrix: [N, N], entries >= 0.
+
+  Returns:
+    [N, N] float32, symmetric; computed in float64.
+
+  Raises:
+    ValueError: not square, or entries that are negative or not finite.
+  """
+  if not scipy.sparse.issparse(matrix) or matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+    raise ValueError(f"matrix: got a {type(matrix).__name__} of {np.shape(matrix)}, expected a sparse [N, N]")
+  m = scipy.sparse.csr_array(matrix, dtype=np.float64)
+  if not (np.isfinite(m.data).all() and (m.data >= 0).all()):
+    raise ValueError("matrix: got entries below 0 or not finite, expected counts")
+  m.eliminate_zeros()
+  difference = abs(m - m.T)
+  if difference.nnz and difference.max() > 1e-9 * m.max():
+    m = m + m.T
+  m = scipy.sparse.coo_array(m)
+  sums = m.sum(axis=1)
+  rows, columns = m.coords
+  # The logarithm of each factor, as their product may leave the range.
+  information = np.log(m.data) + np.log(max(sums.sum(), 1)) - np.log(sums[rows]) - np.log(sums[columns])
+  kept = information > 0
+  values = information[kept].astype(np.float32)
+  return scipy.sparse.csr_array((values, (rows[kept], columns[kept])), shape=m.shape)
+
+
+def walk_adjacency(graph: scipy.sparse.csr_array, steps: int) -> scipy.sparse.csr_array:
+  """Host. How often long random walks see two nodes within a window: sum_{k=1..steps} D (D^-1 A)^k, in float64.
+
+  `ppmi` of it is what DeepWalk factorises (Qiu et al., "Network embedding as matrix factorization", WSDM 2018,
+  arXiv:1710.02971, up to a factor of the number of negative samples).
+
+  Args:
+    graph: [N, N] A.
+    steps: the window, at least 1.
+
+  Raises:
+    ValueError: steps out of range.
+  """
+  if not isinstance(steps, int | np.integer) or steps < 1:
+    raise ValueError(f"steps: got {steps!r}, expected a whole number, at least 1")
+  a = scipy.sparse.csr_array(graph, dtype=np.float64)
+  degree = a.sum(axis=1)
+  transition = scipy.sparse.diags_array(np.divide(1, degree, out=np.zeros_like(degree), where=degree > 0)) @ a
+  total = power = a
+  for _ in range(steps - 1):
+    power = power @ transition
+    total = total + power
+  return scipy.sparse.csr_array(total)
+
+
+def embed(
+  operator: sparse.Operator, key: PRNGKeyArray, *, dim: int, iterations: int = 8, oversampling: int = 16
+) -> Float[Array, "n dim"]:
+  """U_k sqrt(S_k) of a symmetric matrix M, from its k largest singular values: a node's vector is its row.
+
+  By orthogonal iteration from a random start (Halko, Martinsson and Tropp 2011, algorithm 4.4); the order is that of
+  the singular values, largest first, and a column's sign is free.
+
+  Args:
+    operator: M [N, N], symmetric, as of `sparse.from_scipy`.
+    key: of the start.
+    dim: k.
+    iterations: products with M^2; the error falls as (S_{k + oversampling} / S_k)^(2 iterations).
+    oversampling: more columns to iterate on, as far as there are nodes.
+
+  Raises:
+    ValueError: an operator of another kind or shape, an option out of range.
+  """
+  if not isinstance(operator, sparse.Operator) or operator.shape[0] != operator.shape[1]:
+    raise ValueError(f"operator: got a {type(operator).__name__} of {np.shape(operator)}, expected a square Operator")
+  n = operator.shape[0]
+  for name, value, low, high in (("dim", dim, 1, n), ("iterations", iterations, 1, None)):
+    if not isinstance(value, int | np.integer) or value < low or (high is not None and value > high):
+      raise ValueError(f"{name}: got {value!r}, expected a whole number from {low} to {high or 'any'}")
+  if not isinstance(oversampling, int | np.integer) or oversampling < 0:
+    raise ValueError(f"oversampling: got {oversampling!r}, expected a whole number, at least 0")
+  start = jax.random.normal(key, (n, min(n, dim + oversampling)))
+  multiply = lambda x: sparse.propagate(operator, x)
+
+  def iterate(q, _):
+    return jnp.linalg.qr(multiply(jnp.linalg.qr(multiply(q))[0]))[0], None
+
+  q, _ = jax.lax.scan(iterate, jnp.linalg.qr(multiply(start))[0], length=iterations)
+  small = jnp.matmul(q.T, multiply(q), precision="highest")
+  values, vectors = jnp.linalg.eigh((small + small.T) / 2)
+  order = jnp.argsort(-jnp.abs(values))[:dim]
+  return jnp.matmul(q, vectors[:, order], precision="highest") * jnp.sqrt(jnp.abs(values[order]))

@@ -1,0 +1,226 @@
+"""Orbit adjacencies by blocks of rows, on the host: exact in int64, in parallel, in the memory of a few blocks.
+
+A block takes sum_i sum_{a in N(i)} d_a steps for hops 1 and 2, min(d_a, d_b) more for every triangle (i, a, b), and for
+hop 3 sum_{a at distance 2 of i} d_a, of which 16 rows at a time share one pass.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import os
+import queue
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import scipy.sparse
+from jaxtyping import Int32, Int64
+
+from jaxlab.graph.embedding.graphlet_orbits import _kernels, formulas
+from jaxlab.graph.embedding.graphlet_orbits.formulas import ORBIT_PAIRS, OrbitPair
+
+_PLACES = {pair: k for pairs in (formulas.HOP_1, formulas.HOP_2, formulas.HOP_3) for k, pair in enumerate(pairs)}
+
+
+class Entries(NamedTuple):
+  """All matrices of one hop on their common pattern: edges, pairs two steps apart, or ends of paths of four.
+
+  Attributes:
+    starts: of rows.
+    columns: sorted in each row.
+    values: of `HOP_1`, `HOP_2` or `HOP_3`, in that order; some may be 0.
+  """
+
+  starts: Int64[np.ndarray, " rows+1"]
+  columns: Int32[np.ndarray, " entries"]
+  values: Int64[np.ndarray, "pairs entries"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+  """Rows `first` to `last - 1` of orbit adjacencies of N nodes.
+
+  Attributes:
+    first: row.
+    last: row after the last.
+    num_nodes: N.
+    hops: hop -> entries; those hops that were asked for.
+  """
+
+  first: int
+  last: int
+  num_nodes: int
+  hops: dict[int, Entries]
+
+  def matrix(self, pair: OrbitPair) -> scipy.sparse.csr_array:
+    """[last - first, N] int64 without stored zeros; row r is node `first + r`."""
+    if pair not in _PLACES or pair[0] not in self.hops:
+      held = [p for p in ORBIT_PAIRS if p[0] in self.hops]
+      raise ValueError(f"pair: got {pair!r}, expected one of {held}")
+    entries = self.hops[pair[0]]
+    kept = _kernels.positive(entries.starts, entries.columns, entries.values[_PLACES[pair]])
+    return _csr(*kept, self.num_nodes)
+
+
+def stream(
+  graph: scipy.sparse.csr_array,
+  pairs: Iterable[OrbitPair] = ORBIT_PAIRS,
+  *,
+  rows: int = 64,
+  threads: int | None = None,
+) -> Iterator[Block]:
+  """Host. The rows of orbit adjacencies from the first to the last, in blocks.
+
+  At most 2 blocks for each thread are held at a time. Cheapest without hop 3, cheaper still with hop 1 alone.
+
+  Args:
+    graph: [N, N] symmetric pattern without self-loops, as `common_neighbors.adjacency` makes one; stored entries are
+      edges, whatever their values.
+    pairs: what is wanted; a block holds all pairs of their hops.
+    rows: of a block.
+    threads: default all cores there are.
+
+  Returns:
+    An iterator of blocks.
+
+  Raises:
+    ValueError: a graph of another form (directed, loops, 2^31 entries or more), an unknown pair, an option out of range.
+  """
+  hops = {pair[0] for pair in _check_pairs(pairs)}
+  if not isinstance(rows, int | np.integer) or isinstance(rows, bool) or rows < 1:
+    raise ValueError(f"rows: got {rows!r}, expected a whole number, at least 1")
+  starts, columns = _check_graph(graph)
+  return _blocks(starts, columns, hops, rows, _threads(threads), lambda block: block)
+
+
+def orbit_adjacencies(
+  graph: scipy.sparse.csr_array, pairs: Iterable[OrbitPair] = ORBIT_PAIRS, *, threads: int | None = None
+) -> dict[OrbitPair, scipy.sparse.csr_array]:
+  """Host. Whole orbit adjacencies [N, N] int64, without stored zeros. Arguments as `stream`.
+
+  (3, 4, 4) is close to dense on most networks of a few thousand nodes, where hops are few: 12 bytes an entry.
+  """
+  pairs, threads = _check_pairs(pairs), _threads(threads)
+  each = lambda block: [block.matrix(pair) for pair in pairs]
+  parts = list(_blocks(*_check_graph(graph), {pair[0] for pair in pairs}, 64, threads, each))
+  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    return dict(zip(pairs, pool.map(_stack, zip(*parts, strict=True)), strict=True))
+
+
+def _blocks(starts, columns, hops, rows, threads, finish):
+  """`finish(block)` of every block, in order; at most two for each thread are made or in the making at a time."""
+  n = starts.size - 1
+  bounds = [(low, min(low + rows, n)) for low in range(0, n, rows)]
+  threads = min(threads, len(bounds))
+  scratch: queue.SimpleQueue[_kernels.Work] = queue.SimpleQueue()
+  for _ in range(threads):
+    scratch.put(_kernels.work(n))
+
+  def block(low, high):
+    work = scratch.get()
+    try:
+      return finish(_block(known, work, low, high, hops))
+    finally:
+      scratch.put(work)
+
+  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    known = _known(starts, columns, bounds, pool)
+    running: deque[concurrent.futures.Future] = deque()
+    try:
+      for bound in bounds:
+        running.append(pool.submit(block, *bound))
+        if len(running) == 2 * threads:
+          yield running.popleft().result()
+      while running:
+        yield running.popleft().result()
+    finally:  # also where the caller stops early
+      for task in running:
+        task.cancel()
+
+
+def _known(starts, columns, bounds, pool) -> _kernels.Graph:
+  """What the rows need to know of others."""
+  triangles = np.empty(columns.size, np.int32)
+  list(pool.map(lambda bound: _kernels.triangles(starts, columns, *bound, triangles), bounds))
+  degree = np.diff(starts)
+  sums = functools.partial(_kernels.row_sums, starts)
+  node_triangles, two_steps = sums(np.stack([triangles, degree[columns]]).astype(np.int64))
+  return _kernels.Graph(starts, columns, triangles, node_triangles, two_steps - degree - node_triangles, two_steps)
+
+
+def _block(graph: _kernels.Graph, work: _kernels.Work, low: int, high: int, hops: set[int]) -> Block:
+  values, apart_starts, apart_columns, apart = _kernels.near(graph, work, low, high, max(hops) > 1)
+  begin, end = graph.starts[low], graph.starts[high]
+  made = {
+    1: Entries(graph.starts[low : high + 1] - begin, graph.columns[begin:end], values),
+    2: Entries(apart_starts, apart_columns, apart),
+  }
+  if 3 in hops:
+    common, paws = (apart[_PLACES[pair]] for pair in ((2, 1, 1), (2, 9, 10)))
+    parts = [
+      _kernels.distant(
+        graph, work, at, min(at + _kernels.LANES, high), apart_starts, apart_columns, common, paws, at - low
+      )
+      for at in range(low, high, _kernels.LANES)
+    ]
+    counts = np.concatenate([np.diff(part[0]) for part in parts])
+    made[3] = Entries(
+      np.append(0, np.cumsum(counts)),
+      np.concatenate([part[1] for part in parts]),
+      np.concatenate([part[2] for part in parts])[None],
+    )
+  return Block(low, high, graph.starts.size - 1, {hop: made[hop] for hop in sorted(hops)})
+
+
+def _csr(starts, columns, values, num_nodes):
+  index = np.int32 if starts[-1] < 2**31 else np.int64
+  matrix = scipy.sparse.csr_array(
+    (values, columns.astype(index, copy=False), starts.astype(index)), shape=(starts.size - 1, num_nodes)
+  )
+  matrix.has_sorted_indices = matrix.has_canonical_format = True
+  return matrix
+
+
+def _stack(parts):
+  starts = np.append(0, np.cumsum(np.concatenate([np.diff(part.indptr) for part in parts]), dtype=np.int64))
+  columns, values = (np.concatenate([getattr(part, name) for part in parts]) for name in ("indices", "data"))
+  return _csr(starts, columns, values, parts[0].shape[1])
+
+
+def _threads(threads):
+  if threads is None:
+    return len(os.sched_getaffinity(0))
+  if not isinstance(threads, int | np.integer) or isinstance(threads, bool) or threads < 1:
+    raise ValueError(f"threads: got {threads!r}, expected a whole number, at least 1")
+  return int(threads)
+
+
+def _check_pairs(pairs) -> list[OrbitPair]:
+  pairs = list(pairs)
+  unknown = [pair for pair in pairs if pair not in _PLACES]
+  if unknown or not pairs:
+    raise ValueError(f"pairs: got {unknown or 'none'}, expected some of ORBIT_PAIRS, as (hop, orbit, orbit)")
+  return pairs
+
+
+def _check_graph(graph) -> tuple[np.ndarray, np.ndarray]:
+  """Row starts and sorted columns."""
+  if not scipy.sparse.issparse(graph) or graph.ndim != 2 or graph.shape[0] != graph.shape[1] or not graph.shape[0]:
+    what = getattr(graph, "shape", graph)
+    raise ValueError(f"graph: got a {type(graph).__name__} of {what}, expected a sparse [N, N], N at least 1")
+  if graph.nnz >= 2**31:
+    raise ValueError(f"graph: got {graph.nnz} entries, expected fewer than 2^31, where sums of int32 are exact")
+  n = graph.shape[0]
+  pattern = scipy.sparse.csr_array((np.ones(graph.nnz, np.int8), graph.tocsr().indices, graph.tocsr().indptr), (n, n))
+  pattern = pattern.copy()
+  pattern.sum_duplicates()
+  if pattern.nnz < graph.nnz:
+    raise ValueError(f"graph: got {graph.nnz - pattern.nnz} entries twice, expected each edge once in each direction")
+  if pattern.diagonal().any():
+    raise ValueError(f"graph: got {np.count_nonzero(pattern.diagonal())} self-loops, expected none")
+  other = pattern.T.tocsr()
+  other.sort_indices()
+  if not (np.array_equal(other.indptr, pattern.indptr) and np.array_equal(other.indices, pattern.indices)):
+    raise ValueError("graph: got edges in one direction alone, expected a symmetric matrix")
+  return pattern.indptr.astype(np.int64), pattern.indices.astype(np.int32)
