@@ -1,4 +1,4 @@
-"""Graphlet orbit adjacencies: who sits where in which small subgraph with whom, counted exactly, and embeddings of them.
+"""Graphlet orbit adjacencies: who is where in which small subgraph with whom, counted exactly, and embeddings of it.
 
     A[h, o, p]_ij = connected induced subgraphs of 2 to 4 nodes with i on orbit o, j on orbit p, h steps apart inside
 
@@ -17,7 +17,7 @@ diamond 12 (degree 2), 13; clique 14. `ORBIT_PAIRS` lists the 28 matrices (hop, 
     matrix = orbit_adjacencies(graph, [(1, 4, 5)])[1, 4, 5]
     vectors = embed(sparse.from_scipy(ppmi(matrix)), jax.random.key(0), dim=64)
 
-All 28 follow, entry by entry, from six sums over the common neighbours of two nodes (see `formulas`), so nothing larger
+All 28 follow, entry by entry, from six sums over the common neighbours of two nodes (see `counting`), so nothing larger
 than a triangle or a pair of them is ever enumerated.
 
 Walks of three steps see only some of this: a pair of orbits can be the ends of a simple path over all four nodes only
@@ -25,14 +25,14 @@ if the graphlet has a Hamiltonian path between the two places. `INVISIBLE_TO_PAT
 our criterion; the paper's list may differ.
 
 Differs from the paper: its formulas for mutual information and factorisation were not at hand, so `ppmi` and `embed`
-are the usual ones. Differs from the official code: sparse and by rows, where it holds dense n x n counters; exact, where
-its (3, 4, 4) goes through float32; self-loops and weights are refused, not ignored.
+are the usual ones. Differs from the official code: sparse and by rows, where it holds dense n x n counters; exact where
+its (3, 4, 4) goes through float32; self-loops are refused, not ignored.
 """
 
+from jaxlab.graph.embedding.graphlet_orbits.counting import GRAPHLETS, INVISIBLE_TO_PATHS, ORBIT_PAIRS, OrbitPair
 from jaxlab.graph.embedding.graphlet_orbits.degrees import edge_degrees, graphlet_adjacency, node_degrees
 from jaxlab.graph.embedding.graphlet_orbits.device import device_orbit_adjacencies
 from jaxlab.graph.embedding.graphlet_orbits.factors import embed, ppmi, walk_adjacency
-from jaxlab.graph.embedding.graphlet_orbits.formulas import GRAPHLETS, INVISIBLE_TO_PATHS, ORBIT_PAIRS, OrbitPair
 from jaxlab.graph.embedding.graphlet_orbits.host import Block, orbit_adjacencies, stream
 
 __all__ = [

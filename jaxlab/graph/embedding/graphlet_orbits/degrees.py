@@ -7,8 +7,8 @@ import numpy as np
 import scipy.sparse
 from jaxtyping import Int32, Int64
 
-from jaxlab.graph.embedding.graphlet_orbits import _kernels, formulas, host
-from jaxlab.graph.embedding.graphlet_orbits.formulas import GRAPHLETS, OrbitPair
+from jaxlab.graph.embedding.graphlet_orbits import counting, host
+from jaxlab.graph.embedding.graphlet_orbits.counting import GRAPHLETS, OrbitPair
 
 # Orbit o's count is a row sum of one matrix over the neighbours of that kind inside the graphlet.
 _NODE_SUMS: tuple[tuple[OrbitPair, int], ...] = (
@@ -17,7 +17,7 @@ _NODE_SUMS: tuple[tuple[OrbitPair, int], ...] = (
   ((1, 13, 12), 2), ((1, 14, 14), 3),
 )  # fmt: skip
 
-EDGE_PAIRS: tuple[OrbitPair, ...] = tuple(pair for pair in formulas.HOP_1[1:] if pair[1] <= pair[2])
+EDGE_PAIRS: tuple[OrbitPair, ...] = tuple(pair for pair in counting.HOP_1[1:] if pair[1] <= pair[2])
 
 
 def node_degrees(graph: scipy.sparse.csr_array, *, threads: int | None = None) -> Int64[np.ndarray, "n 15"]:
@@ -28,9 +28,9 @@ def node_degrees(graph: scipy.sparse.csr_array, *, threads: int | None = None) -
   Source: Przulj, "Biological network comparison using graphlet degree distribution", 2007.
   """
   parts = []
-  for block in host.stream(graph, formulas.HOP_1, threads=threads):
-    sums = _kernels.row_sums(block.hops[1].starts, block.hops[1].values)
-    parts.append([sums[formulas.HOP_1.index(pair)] // count for pair, count in _NODE_SUMS])
+  for block in host.stream(graph, counting.HOP_1, threads=threads):
+    sums = counting.row_sums(block.hops[1].starts, block.hops[1].values)
+    parts.append([sums[counting.HOP_1.index(pair)] // count for pair, count in _NODE_SUMS])
   return np.concatenate(parts, axis=1).T
 
 
@@ -52,12 +52,12 @@ def edge_degrees(graph: scipy.sparse.csr_array, *, threads: int | None = None) -
   Source: Hocevar and Demsar, "A combinatorial approach to graphlet counting", 2014, for the 12 edge orbits.
   """
   edges, counts = [], []
-  for block in host.stream(graph, formulas.HOP_1, threads=threads):
+  for block in host.stream(graph, counting.HOP_1, threads=threads):
     entries = block.hops[1]
     rows = np.repeat(np.arange(block.first, block.last, dtype=np.int32), np.diff(entries.starts))
     once = rows < entries.columns
     edges.append(np.stack([rows[once], entries.columns[once]]))
-    at = lambda pair, values=entries.values[:, once]: values[formulas.HOP_1.index(pair)]
+    at = lambda pair, values=entries.values[:, once]: values[counting.HOP_1.index(pair)]
     both = [at(pair) if pair[1] == pair[2] else at(pair) + at((1, pair[2], pair[1])) for pair in EDGE_PAIRS]
     counts.append(np.stack(both, axis=1))
   return EdgeDegrees(np.concatenate(edges, axis=1), np.concatenate(counts))
@@ -75,7 +75,7 @@ def graphlet_adjacency(matrices: Mapping[OrbitPair, Any], graphlet: int) -> Any:
   """
   if graphlet not in range(len(GRAPHLETS)):
     raise ValueError(f"graphlet: got {graphlet!r}, expected 0 to {len(GRAPHLETS) - 1}")
-  pairs = [pair for pair in formulas.ORBIT_PAIRS if pair[1] in GRAPHLETS[graphlet]]
+  pairs = [pair for pair in counting.ORBIT_PAIRS if pair[1] in GRAPHLETS[graphlet]]
   missing = [pair for pair in pairs if pair not in matrices]
   if missing:
     raise ValueError(f"matrices: got none for {missing}, expected all of {pairs}")

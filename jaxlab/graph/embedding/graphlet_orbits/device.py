@@ -1,6 +1,6 @@
 """Orbit adjacencies as dense matrices on the device, for graphs of up to 4,096 nodes.
 
-The six sums of `formulas` are matrix products in float32. They are exact: every product and every partial sum is a
+The six sums of `counting` are matrix products in float32. They are exact: every product and every partial sum is a
 whole number of at most n (n - 1) < 2^24. What follows from them is int32, exact as n^2 < 2^31.
 """
 
@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Int32
 
-from jaxlab.graph.embedding.graphlet_orbits import formulas
-from jaxlab.graph.embedding.graphlet_orbits.formulas import OrbitPair
+from jaxlab.graph.embedding.graphlet_orbits import counting
+from jaxlab.graph.embedding.graphlet_orbits.counting import OrbitPair
 
 MAX_NODES = 4096  # n (n - 1) < 2^24
 CHUNK = 512  # edges whose common neighbours are held at a time
@@ -42,17 +42,16 @@ def device_orbit_adjacencies(edges: Int[Array, "2 m"], num_nodes: int) -> dict[O
   common = _product(a, a)
   triangles = a * common
   near = _product(triangles, a)
-  sums = [common, _product(a * d, a), near, near.T, _inner(a, senders, receivers)]
-  per_node = [d, triangles.sum(1), (a * (d[None] - 1 - triangles)).sum(1)]
+  inner = _inner(a, senders, receivers)
   whole = lambda x: x.astype("int32")
-  rows_and_columns = [whole(x)[axis] for x in per_node for axis in ((slice(None), None), (None, slice(None)))]
-  sums = list(map(whole, sums))
-  # On edges `common` and `triangles` agree.
-  on_edges = formulas.linked(*sums, whole(_product(common, a)), *rows_and_columns)
-  elsewhere = formulas.apart(*sums, *rows_and_columns[:2])
+  columns = counting.Node(whole(d), whole(triangles.sum(1)), whole((a * (d - 1 - triangles)).sum(1)))
+  rows = counting.Node(*(x[:, None] for x in columns))
+  sums = counting.Sums(whole(common), whole(_product(a * d, a)), whole(near), whole(near.T), whole(inner))
+  on_edges = counting.linked(sums, whole(_product(common, a)), rows, columns)
+  elsewhere = counting.apart(sums, rows, columns)
   edge, two_apart = a > 0, (a == 0) & (common > 0) & ~jnp.eye(n, dtype=bool)
-  matrices = {p: jnp.where(edge, m, 0) for p, m in zip(formulas.HOP_1, on_edges, strict=True)}
-  matrices |= {p: jnp.where(two_apart, m, 0) for p, m in zip(formulas.HOP_2, elsewhere, strict=True)}
+  matrices = {p: jnp.where(edge, m, 0) for p, m in zip(counting.HOP_1, on_edges, strict=True)}
+  matrices |= {p: jnp.where(two_apart, m, 0) for p, m in zip(counting.HOP_2, elsewhere, strict=True)}
   paths = whole(_product(matrices[2, 1, 1].astype("float32"), a)) - matrices[2, 9, 10]
   return matrices | {(3, 4, 4): jnp.where(edge, 0, paths)}
 

@@ -1,4 +1,4 @@
-"""From co-occurrence to vectors: positive mutual information and its rank-k factor. With random walks, for comparison."""
+"""From co-occurrence to vectors: positive mutual information and its rank-k factor. Also that of random walks."""
 
 import jax
 import jax.numpy as jnp

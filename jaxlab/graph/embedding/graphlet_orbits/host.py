@@ -11,16 +11,16 @@ import os
 import queue
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse
 from jaxtyping import Int32, Int64
 
-from jaxlab.graph.embedding.graphlet_orbits import _kernels, formulas
-from jaxlab.graph.embedding.graphlet_orbits.formulas import ORBIT_PAIRS, OrbitPair
+from jaxlab.graph.embedding.graphlet_orbits import counting
+from jaxlab.graph.embedding.graphlet_orbits.counting import ORBIT_PAIRS, OrbitPair
 
-_PLACES = {pair: k for pairs in (formulas.HOP_1, formulas.HOP_2, formulas.HOP_3) for k, pair in enumerate(pairs)}
+_PLACES = {pair: k for pairs in (counting.HOP_1, counting.HOP_2, counting.HOP_3) for k, pair in enumerate(pairs)}
 
 
 class Entries(NamedTuple):
@@ -58,9 +58,7 @@ class Block:
     if pair not in _PLACES or pair[0] not in self.hops:
       held = [p for p in ORBIT_PAIRS if p[0] in self.hops]
       raise ValueError(f"pair: got {pair!r}, expected one of {held}")
-    entries = self.hops[pair[0]]
-    kept = _kernels.positive(entries.starts, entries.columns, entries.values[_PLACES[pair]])
-    return _csr(*kept, self.num_nodes)
+    return _matrix([self], pair)
 
 
 def stream(
@@ -75,8 +73,8 @@ def stream(
   At most 2 blocks for each thread are held at a time. Cheapest without hop 3, cheaper still with hop 1 alone.
 
   Args:
-    graph: [N, N] symmetric pattern without self-loops, as `common_neighbors.adjacency` makes one; stored entries are
-      edges, whatever their values.
+    graph: [N, N] symmetric, no self-loops, as `common_neighbors.adjacency` makes one; entries are edges, whatever
+      their weights.
     pairs: what is wanted; a block holds all pairs of their hops.
     rows: of a block.
     threads: default all cores there are.
@@ -85,13 +83,13 @@ def stream(
     An iterator of blocks.
 
   Raises:
-    ValueError: a graph of another form (directed, loops, 2^31 entries or more), an unknown pair, an option out of range.
+    ValueError: a graph of another form (directed, loops, 2^31 entries), an unknown pair, an option out of range.
   """
   hops = {pair[0] for pair in _check_pairs(pairs)}
   if not isinstance(rows, int | np.integer) or isinstance(rows, bool) or rows < 1:
     raise ValueError(f"rows: got {rows!r}, expected a whole number, at least 1")
   starts, columns = _check_graph(graph)
-  return _blocks(starts, columns, hops, rows, _threads(threads), lambda block: block)
+  return _blocks(starts, columns, hops, rows, _threads(threads))
 
 
 def orbit_adjacencies(
@@ -102,25 +100,43 @@ def orbit_adjacencies(
   (3, 4, 4) is close to dense on most networks of a few thousand nodes, where hops are few: 12 bytes an entry.
   """
   pairs, threads = _check_pairs(pairs), _threads(threads)
-  each = lambda block: [block.matrix(pair) for pair in pairs]
-  parts = list(_blocks(*_check_graph(graph), {pair[0] for pair in pairs}, 64, threads, each))
+  blocks = list(stream(graph, pairs, threads=threads))
+  largest_first = sorted(pairs, reverse=True)
   with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-    return dict(zip(pairs, pool.map(_stack, zip(*parts, strict=True)), strict=True))
+    made = dict(zip(largest_first, pool.map(functools.partial(_matrix, blocks), largest_first), strict=True))
+  return {pair: made[pair] for pair in pairs}
 
 
-def _blocks(starts, columns, hops, rows, threads, finish):
-  """`finish(block)` of every block, in order; at most two for each thread are made or in the making at a time."""
+def _matrix(blocks: list[Block], pair: OrbitPair) -> scipy.sparse.csr_array:
+  """Rows of all blocks, without zeros."""
+  parts = [block.hops[pair[0]] for block in blocks]
+  place, n = _PLACES[pair], blocks[0].num_nodes
+  total = sum(counting.count_entries(part.values[place]) for part in parts)
+  index = np.int32 if total < 2**31 else np.int64
+  starts = np.zeros(blocks[-1].last - blocks[0].first + 1, index)
+  columns, values = np.empty(total, index), np.empty(total, np.int64)
+  for block, part in zip(blocks, parts, strict=True):
+    at = block.first - blocks[0].first
+    rows = starts[at + 1 : at + 1 + block.last - block.first]
+    counting.copy_entries(part.starts, part.columns, part.values[place], starts[at], rows, columns, values)
+  matrix = scipy.sparse.csr_array((values, columns, starts), shape=(starts.size - 1, n))
+  matrix.has_sorted_indices = matrix.has_canonical_format = True
+  return matrix
+
+
+def _blocks(starts: np.ndarray, columns: np.ndarray, hops: set[int], rows: int, threads: int) -> Iterator[Block]:
+  """Every block, in order; at most two for each thread are made or in the making at a time."""
   n = starts.size - 1
   bounds = [(low, min(low + rows, n)) for low in range(0, n, rows)]
   threads = min(threads, len(bounds))
-  scratch: queue.SimpleQueue[_kernels.Work] = queue.SimpleQueue()
+  scratch: queue.SimpleQueue[counting.Work] = queue.SimpleQueue()
   for _ in range(threads):
-    scratch.put(_kernels.work(n))
+    scratch.put(counting.work(n))
 
   def block(low, high):
     work = scratch.get()
     try:
-      return finish(_block(known, work, low, high, hops))
+      return _block(known, work, low, high, hops)
     finally:
       scratch.put(work)
 
@@ -139,18 +155,20 @@ def _blocks(starts, columns, hops, rows, threads, finish):
         task.cancel()
 
 
-def _known(starts, columns, bounds, pool) -> _kernels.Graph:
+def _known(
+  starts: np.ndarray, columns: np.ndarray, bounds: list[tuple[int, int]], pool: concurrent.futures.Executor
+) -> counting.Graph:
   """What the rows need to know of others."""
   triangles = np.empty(columns.size, np.int32)
-  list(pool.map(lambda bound: _kernels.triangles(starts, columns, *bound, triangles), bounds))
+  list(pool.map(lambda bound: counting.triangles(starts, columns, *bound, triangles), bounds))
   degree = np.diff(starts)
-  sums = functools.partial(_kernels.row_sums, starts)
+  sums = functools.partial(counting.row_sums, starts)
   node_triangles, two_steps = sums(np.stack([triangles, degree[columns]]).astype(np.int64))
-  return _kernels.Graph(starts, columns, triangles, node_triangles, two_steps - degree - node_triangles, two_steps)
+  return counting.Graph(starts, columns, triangles, node_triangles, two_steps - degree - node_triangles, two_steps)
 
 
-def _block(graph: _kernels.Graph, work: _kernels.Work, low: int, high: int, hops: set[int]) -> Block:
-  values, apart_starts, apart_columns, apart = _kernels.near(graph, work, low, high, max(hops) > 1)
+def _block(graph: counting.Graph, work: counting.Work, low: int, high: int, hops: set[int]) -> Block:
+  values, apart_starts, apart_columns, apart = counting.near(graph, work, low, high, max(hops) > 1)
   begin, end = graph.starts[low], graph.starts[high]
   made = {
     1: Entries(graph.starts[low : high + 1] - begin, graph.columns[begin:end], values),
@@ -159,10 +177,10 @@ def _block(graph: _kernels.Graph, work: _kernels.Work, low: int, high: int, hops
   if 3 in hops:
     common, paws = (apart[_PLACES[pair]] for pair in ((2, 1, 1), (2, 9, 10)))
     parts = [
-      _kernels.distant(
-        graph, work, at, min(at + _kernels.LANES, high), apart_starts, apart_columns, common, paws, at - low
+      counting.distant(
+        graph, work, at, min(at + counting.LANES, high), apart_starts, apart_columns, common, paws, at - low
       )
-      for at in range(low, high, _kernels.LANES)
+      for at in range(low, high, counting.LANES)
     ]
     counts = np.concatenate([np.diff(part[0]) for part in parts])
     made[3] = Entries(
@@ -173,22 +191,7 @@ def _block(graph: _kernels.Graph, work: _kernels.Work, low: int, high: int, hops
   return Block(low, high, graph.starts.size - 1, {hop: made[hop] for hop in sorted(hops)})
 
 
-def _csr(starts, columns, values, num_nodes):
-  index = np.int32 if starts[-1] < 2**31 else np.int64
-  matrix = scipy.sparse.csr_array(
-    (values, columns.astype(index, copy=False), starts.astype(index)), shape=(starts.size - 1, num_nodes)
-  )
-  matrix.has_sorted_indices = matrix.has_canonical_format = True
-  return matrix
-
-
-def _stack(parts):
-  starts = np.append(0, np.cumsum(np.concatenate([np.diff(part.indptr) for part in parts]), dtype=np.int64))
-  columns, values = (np.concatenate([getattr(part, name) for part in parts]) for name in ("indices", "data"))
-  return _csr(starts, columns, values, parts[0].shape[1])
-
-
-def _threads(threads):
+def _threads(threads: int | None) -> int:
   if threads is None:
     return len(os.sched_getaffinity(0))
   if not isinstance(threads, int | np.integer) or isinstance(threads, bool) or threads < 1:
@@ -196,7 +199,7 @@ def _threads(threads):
   return int(threads)
 
 
-def _check_pairs(pairs) -> list[OrbitPair]:
+def _check_pairs(pairs: Iterable[OrbitPair]) -> list[OrbitPair]:
   pairs = list(pairs)
   unknown = [pair for pair in pairs if pair not in _PLACES]
   if unknown or not pairs:
@@ -204,7 +207,7 @@ def _check_pairs(pairs) -> list[OrbitPair]:
   return pairs
 
 
-def _check_graph(graph) -> tuple[np.ndarray, np.ndarray]:
+def _check_graph(graph: Any) -> tuple[np.ndarray, np.ndarray]:
   """Row starts and sorted columns."""
   if not scipy.sparse.issparse(graph) or graph.ndim != 2 or graph.shape[0] != graph.shape[1] or not graph.shape[0]:
     what = getattr(graph, "shape", graph)
@@ -217,6 +220,8 @@ def _check_graph(graph) -> tuple[np.ndarray, np.ndarray]:
   pattern.sum_duplicates()
   if pattern.nnz < graph.nnz:
     raise ValueError(f"graph: got {graph.nnz - pattern.nnz} entries twice, expected each edge once in each direction")
+  if not np.all(graph.tocsr().data):
+    raise ValueError("graph: got stored zeros, expected an entry for each edge alone")
   if pattern.diagonal().any():
     raise ValueError(f"graph: got {np.count_nonzero(pattern.diagonal())} self-loops, expected none")
   other = pattern.T.tocsr()
