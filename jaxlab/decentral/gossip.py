@@ -5,6 +5,7 @@ leaves have a leading axis of clients. Fixed matrices are NumPy; those drawn ane
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ def one_peer_exponential(n: int) -> Float[np.ndarray, "period n n"]:
   return np.stack([uniform(neighbours(n, [-(2**m)])) for m in range(period)])
 
 
-def random(key: Key[Array, ""], peers: Float[Array, ""], hears: Bool[Array, "n n"]) -> Float[Array, "n n"]:
+def random(key: Key[Array, ""], peers: Float[Any, ""], hears: Bool[Any, "n n"]) -> Float[Array, "n n"]:
   """Each client hears itself and `peers` random others of its set, on average; drawn independently for each row.
 
   The whole part of `peers` is certain, one more comes with the fractional part as its probability, and a set that is
@@ -89,7 +90,7 @@ def random(key: Key[Array, ""], peers: Float[Array, ""], hears: Bool[Array, "n n
 
 
 def restrict(
-  adjacency: Bool[Array, "n n"], alive: Bool[Array, " n"], weight: Float[Array, " n"] | None = None
+  adjacency: Bool[Any, "n n"], alive: Bool[Any, " n"], weight: Float[Any, " n"] | None = None
 ) -> Float[Array, "n n"]:
   """The neighbourhood average among the clients that are alive.
 
@@ -113,7 +114,7 @@ def restrict(
   return jnp.where(alive[:, None], weighted / jnp.where(total > 0, total, 1.0), eye)
 
 
-def mix(matrix: Float[Array, "m n"], models: PyTree) -> PyTree:
+def mix(matrix: Float[Any, "m n"], models: PyTree) -> PyTree:
   """sum_j W_ij model_j for every floating leaf, accumulated in float32; whole numbers are not averaged.
 
   Args:
@@ -133,7 +134,7 @@ def mix(matrix: Float[Array, "m n"], models: PyTree) -> PyTree:
   return jax.tree.map(average, models)
 
 
-def mean(models: PyTree, weight: Float[Array, " n"] | None = None) -> PyTree:
+def mean(models: PyTree, weight: Float[Any, " n"] | None = None) -> PyTree:
   """The average model, leaves [...]. With weights: sum_i w_i model_i / sum_i w_i."""
   count = jax.tree.leaves(models)[0].shape[0]
   w = jnp.full(count, 1 / count, jnp.float32) if weight is None else weight / jnp.sum(weight)
@@ -147,7 +148,7 @@ def consensus(models: PyTree) -> Float[Array, ""]:
   return jnp.sum(jnp.stack(terms)) if terms else jnp.zeros(())
 
 
-def transfers(matrix: Float[Array, "n n"]) -> Int[Array, ""]:
+def transfers(matrix: Float[Any, "n n"]) -> Int[Array, ""]:
   """How many models are sent for one averaging: the entries off the diagonal."""
   sent = (jnp.asarray(matrix) != 0) & ~jnp.eye(matrix.shape[0], dtype=bool)
   return jnp.sum(sent, dtype=jnp.int32)

@@ -150,7 +150,7 @@ def classes(labels: Int[np.ndarray, " e"]) -> Classes:
   return Classes(rows, count)
 
 
-def draw(key: Key[Array, ""], weights: Float[Array, "n c"], table: Classes, size: int) -> Int[Array, "n size"]:
+def draw(key: Key[Array, ""], weights: Float[Any, "n c"], table: Classes, size: int) -> Int[Array, "n size"]:
   """A fresh data set for every client: a class by the client's weights, then one of its examples, with replacement.
 
   Args:

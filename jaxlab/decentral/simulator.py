@@ -91,7 +91,7 @@ def give(states: Models, model: dict[str, PyTree]) -> Models:
   return dataclasses.replace(states, params=params, collections=jax.tree.map(spread, rest))
 
 
-def mix(matrix: Float[Array, "n n"], states: Models) -> Models:
+def mix(matrix: Float[Any, "n n"], states: Models) -> Models:
   """Models averaged by a gossip matrix; the optimizer's state stays."""
   mixed = gossip.mix(matrix, states.variables)
   return dataclasses.replace(states, params=mixed.pop("params"), collections=mixed)
@@ -135,7 +135,7 @@ def train_clients(
   keys: Key[Array, " n"],
   work: Work,
   *,
-  active: Bool[Array, " n"] | None = None,
+  active: Bool[Any, " n"] | None = None,
 ) -> tuple[Models, Metrics]:
   """Local training of all clients at once.
 
@@ -366,7 +366,7 @@ def peers(local: Learner, key: Key[Array, ""], data: Clients, *, common: bool = 
 
 
 def gossiping(
-  local: Learner, work: Work, matrices: Float[Array, "p n n"], *, common: bool = True, at_once: int = 64
+  local: Learner, work: Work, matrices: Float[Any, "p n n"], *, common: bool = True, at_once: int = 64
 ) -> Learner:
   """Decentralised SGD: every client trains, then averages with its neighbours; round t uses matrix t mod P.
 
