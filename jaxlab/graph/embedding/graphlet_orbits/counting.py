@@ -164,7 +164,7 @@ def work(n: int) -> Work:
 
 @numba.njit(cache=True, nogil=True)
 def triangles(starts, columns, low, high, result):
-  """T of the entries of rows low to high - 1."""
+  """T of the edges of rows low to high - 1 to nodes of lower degree, in both directions' entries."""
   neighbour = np.zeros(starts.size - 1, np.uint8)
   for i in range(low, high):
     begin, end = starts[i], starts[i + 1]
@@ -172,9 +172,12 @@ def triangles(starts, columns, low, high, result):
       neighbour[columns[e]] = 1
     for e in range(begin, end):
       a, shared = columns[e], np.int32(0)
-      for f in range(starts[a], starts[a + 1]):
-        shared += neighbour[columns[f]]
-      result[e] = shared
+      first, last = starts[a], starts[a + 1]
+      if last - first < end - begin or (last - first == end - begin and a < i):
+        for f in range(first, last):
+          shared += neighbour[columns[f]]
+        result[e] = shared
+        result[first + np.searchsorted(columns[first:last], i)] = shared
     for e in range(begin, end):
       neighbour[columns[e]] = 0
 

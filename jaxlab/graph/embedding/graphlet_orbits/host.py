@@ -141,7 +141,7 @@ def _blocks(starts: np.ndarray, columns: np.ndarray, hops: set[int], rows: int, 
       scratch.put(work)
 
   with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-    known = _known(starts, columns, bounds, pool)
+    known = _known(starts, columns, pool)
     running: deque[concurrent.futures.Future] = deque()
     try:
       for bound in bounds:
@@ -155,12 +155,11 @@ def _blocks(starts: np.ndarray, columns: np.ndarray, hops: set[int], rows: int, 
         task.cancel()
 
 
-def _known(
-  starts: np.ndarray, columns: np.ndarray, bounds: list[tuple[int, int]], pool: concurrent.futures.Executor
-) -> counting.Graph:
+def _known(starts: np.ndarray, columns: np.ndarray, pool: concurrent.futures.Executor) -> counting.Graph:
   """What the rows need to know of others."""
   triangles = np.empty(columns.size, np.int32)
-  list(pool.map(lambda bound: counting.triangles(starts, columns, *bound, triangles), bounds))
+  bounds = np.linspace(0, starts.size - 1, 65).astype(int)
+  list(pool.map(lambda low, high: counting.triangles(starts, columns, low, high, triangles), bounds[:-1], bounds[1:]))
   degree = np.diff(starts)
   sums = functools.partial(counting.row_sums, starts)
   node_triangles, two_steps = sums(np.stack([triangles, degree[columns]]).astype(np.int64))
