@@ -415,6 +415,7 @@ def test_embed_is_the_truncated_svd():
   u, s, _ = np.linalg.svd(m.astype(np.float64))
   np.testing.assert_allclose(z @ z.T, (u[:, :7] * s[:7]) @ u[:, :7].T, atol=2e-3)
   np.testing.assert_allclose((z**2).sum(0), s[:7], rtol=1e-4)
+  np.testing.assert_allclose(np.abs(embed(jnp.asarray(m), jax.random.key(0), dim=7)), np.abs(z), atol=2e-3)
 
 
 embed = jax.jit(go.embed, static_argnames=("dim", "iterations", "oversampling"))
@@ -431,6 +432,7 @@ def test_ppmi():
   got = go.ppmi(scipy.sparse.csr_array(m))
   np.testing.assert_allclose(got.toarray(), expected, atol=1e-6)
   np.testing.assert_allclose(go.ppmi(scipy.sparse.csr_array(both)).toarray(), expected, atol=1e-6)
+  np.testing.assert_allclose(go.device_ppmi(jnp.asarray(m)), expected, atol=1e-6)
   assert not go.ppmi(scipy.sparse.csr_array((3, 3))).nnz
 
 

@@ -9,7 +9,7 @@ diamond 12 (degree 2), 13; clique 14. `ORBIT_PAIRS` lists the 28 matrices (hop, 
 
     stream            host: blocks of rows as sparse matrices of int64, with the memory of a few blocks
     orbit_adjacencies host: the same as whole matrices
-    device_orbit_adjacencies    JAX: dense, for graphs of up to 4,096 nodes
+    device_orbit_adjacencies, device_ppmi    JAX: dense, for graphs of up to 4,096 nodes
     graphlet_adjacency, node_degrees, edge_degrees    sums of them: graphlet adjacency, and graphlet degree vectors
     walk_adjacency, ppmi, embed    co-occurrence in random walks; positive mutual information; its rank-k factor
 
@@ -32,7 +32,7 @@ its (3, 4, 4) goes through float32; self-loops are refused, not ignored.
 from jaxlab.graph.embedding.graphlet_orbits.counting import GRAPHLETS, INVISIBLE_TO_PATHS, ORBIT_PAIRS, OrbitPair
 from jaxlab.graph.embedding.graphlet_orbits.degrees import edge_degrees, graphlet_adjacency, node_degrees
 from jaxlab.graph.embedding.graphlet_orbits.device import device_orbit_adjacencies
-from jaxlab.graph.embedding.graphlet_orbits.factors import embed, ppmi, walk_adjacency
+from jaxlab.graph.embedding.graphlet_orbits.factors import device_ppmi, embed, ppmi, walk_adjacency
 from jaxlab.graph.embedding.graphlet_orbits.host import Block, orbit_adjacencies, stream
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
   "Block",
   "OrbitPair",
   "device_orbit_adjacencies",
+  "device_ppmi",
   "edge_degrees",
   "embed",
   "graphlet_adjacency",

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Num, PRNGKeyArray
 
 from jaxlab.graph import sparse
 
@@ -42,6 +42,21 @@ def ppmi(matrix: scipy.sparse.csr_array) -> scipy.sparse.csr_array:
   return scipy.sparse.csr_array((values, (rows[kept], columns[kept])), shape=m.shape)
 
 
+def device_ppmi(matrix: Num[Array, "n n"]) -> Float[Array, "n n"]:
+  """`ppmi` of a dense matrix, in float32, for counts that float32 holds: below 2^24 exactly, above to seven digits.
+
+  Raises:
+    ValueError: not square.
+  """
+  if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+    raise ValueError(f"matrix: got shape {matrix.shape}, expected [N, N]")
+  m = matrix.astype("float32")
+  m = m + m.T  # twice a symmetric one, whose information is the same
+  sums = m.sum(1)
+  log = lambda x: jnp.log(jnp.where(x > 0, x, 1))
+  return jnp.where(m > 0, jax.nn.relu(log(m) + log(sums.sum()) - log(sums)[:, None] - log(sums)), 0)
+
+
 def walk_adjacency(graph: scipy.sparse.csr_array, steps: int) -> scipy.sparse.csr_array:
   """Host. How often long random walks see two nodes within a window: sum_{k=1..steps} D (D^-1 A)^k, in float64.
 
@@ -68,7 +83,12 @@ def walk_adjacency(graph: scipy.sparse.csr_array, steps: int) -> scipy.sparse.cs
 
 
 def embed(
-  operator: sparse.Operator, key: PRNGKeyArray, *, dim: int, iterations: int = 8, oversampling: int = 16
+  matrix: sparse.Operator | Float[Array, "n n"],
+  key: PRNGKeyArray,
+  *,
+  dim: int,
+  iterations: int = 8,
+  oversampling: int = 16,
 ) -> Float[Array, "n dim"]:
   """U_k sqrt(S_k) of a symmetric matrix M, from its k largest singular values: a node's vector is its row.
 
@@ -76,25 +96,30 @@ def embed(
   the singular values, largest first, and a column's sign is free.
 
   Args:
-    operator: M [N, N], symmetric, as of `sparse.from_scipy`.
+    matrix: M [N, N], symmetric and floating: an operator, as of `sparse.from_scipy`, or dense.
     key: of the start.
     dim: k.
     iterations: products with M^2; the error falls as (S_{k + oversampling} / S_k)^(2 iterations).
     oversampling: more columns to iterate on, as far as there are nodes.
 
   Raises:
-    ValueError: an operator of another kind or shape, an option out of range.
+    ValueError: a matrix of another kind or shape, an option out of range.
   """
-  if not isinstance(operator, sparse.Operator) or operator.shape[0] != operator.shape[1]:
-    raise ValueError(f"operator: got a {type(operator).__name__} of {np.shape(operator)}, expected a square Operator")
-  n = operator.shape[0]
+  dense = not isinstance(matrix, sparse.Operator)
+  if len(np.shape(matrix)) != 2 or matrix.shape[0] != matrix.shape[1] or scipy.sparse.issparse(matrix):
+    raise ValueError(
+      f"matrix: got a {type(matrix).__name__} of {np.shape(matrix)}, expected [N, N], an Operator if sparse"
+    )
+  n = matrix.shape[0]
   for name, value, low, high in (("dim", dim, 1, n), ("iterations", iterations, 1, None)):
     if not isinstance(value, int | np.integer) or value < low or (high is not None and value > high):
       raise ValueError(f"{name}: got {value!r}, expected a whole number from {low} to {high or 'any'}")
   if not isinstance(oversampling, int | np.integer) or oversampling < 0:
     raise ValueError(f"oversampling: got {oversampling!r}, expected a whole number, at least 0")
   start = jax.random.normal(key, (n, min(n, dim + oversampling)))
-  multiply = lambda x: sparse.propagate(operator, x)
+
+  def multiply(x):
+    return jnp.matmul(matrix, x, precision="highest") if dense else sparse.propagate(matrix, x)
 
   def iterate(q, _):
     return jnp.linalg.qr(multiply(jnp.linalg.qr(multiply(q))[0]))[0], None
