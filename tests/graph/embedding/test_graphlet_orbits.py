@@ -284,11 +284,11 @@ def test_edge_degrees_by_brute_force():
   a = random_graphs(7, 5, 9)[4]
   (expected,), _ = brute_force(a[None])
   found = go.edge_degrees(scipy.sparse.csr_array(a))
-  assert found.counts.shape[1] == 12
+  assert found.counts.shape == (found.edges.shape[1], 12)
   u, v = found.edges
   np.testing.assert_array_equal(found.edges, undirected(a))
-  pairs = [p for p in go.ORBIT_PAIRS if p[0] == 1 and 0 < p[1] <= p[2]]
-  for k, (hop, o, p) in enumerate(pairs):
+  assert sorted(go.EDGE_PAIRS) == sorted(p for p in go.ORBIT_PAIRS if p[0] == 1 and 0 < p[1] <= p[2])
+  for k, (hop, o, p) in enumerate(go.EDGE_PAIRS):
     both = expected[PLACE[hop, o, p]] + (expected[PLACE[hop, p, o]] if o != p else 0)
     np.testing.assert_array_equal(found.counts[:, k], both[u, v])
 

@@ -30,16 +30,24 @@ its (3, 4, 4) goes through float32; self-loops are refused, not ignored.
 """
 
 from jaxlab.graph.embedding.graphlet_orbits.counting import GRAPHLETS, INVISIBLE_TO_PATHS, ORBIT_PAIRS, OrbitPair
-from jaxlab.graph.embedding.graphlet_orbits.degrees import edge_degrees, graphlet_adjacency, node_degrees
+from jaxlab.graph.embedding.graphlet_orbits.degrees import (
+  EDGE_PAIRS,
+  EdgeDegrees,
+  edge_degrees,
+  graphlet_adjacency,
+  node_degrees,
+)
 from jaxlab.graph.embedding.graphlet_orbits.device import device_orbit_adjacencies
 from jaxlab.graph.embedding.graphlet_orbits.factors import device_ppmi, embed, ppmi, walk_adjacency
 from jaxlab.graph.embedding.graphlet_orbits.host import Block, orbit_adjacencies, stream
 
 __all__ = [
+  "EDGE_PAIRS",
   "GRAPHLETS",
   "INVISIBLE_TO_PATHS",
   "ORBIT_PAIRS",
   "Block",
+  "EdgeDegrees",
   "OrbitPair",
   "device_orbit_adjacencies",
   "device_ppmi",
