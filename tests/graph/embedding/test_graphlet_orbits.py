@@ -178,6 +178,7 @@ def test_golden_sums_of_orbits():
   graph = golden_graph("gnp")
   matrices = go.orbit_adjacencies(graph)
   np.testing.assert_array_equal(go.node_degrees(graph), GOLDEN["gnp.node_degrees"])
+  np.testing.assert_array_equal(go.edge_degrees(graph).counts, GOLDEN["gnp.edge_degrees"])
   for g in range(9):
     np.testing.assert_array_equal(go.graphlet_adjacency(matrices, g).toarray(), GOLDEN["gnp.graphlets"][g])
 
