@@ -76,7 +76,7 @@ SYSTEMS: tuple[System, ...] = (
   System("netinfof", "graph.links", "NetInfoF", "NetInfoF Framework: Measuring and Exploiting Network Usable Information", "2402.07999"),
   System("commuter_network", "graph.links", "Commuter network", "Reconstructing commuters network using machine learning and urban indicators", "1908.03512"),
   System("fastrp", "graph.embedding", "FastRP", "Fast and Accurate Network Embeddings via Very Sparse Random Projection", "1908.11512", "done"),
-  System("graphvite", "graph.embedding", "GraphVite", "GraphVite: A High-Performance CPU-GPU Hybrid System for Node Embedding", "1903.00757"),
+  System("graphvite", "graph.embedding", "GraphVite", "GraphVite: A High-Performance CPU-GPU Hybrid System for Node Embedding", "1903.00757", "done"),
   System("graphlet_orbits", "graph.embedding", "GRADCO", "Graphlets correct for the topological information missed by random walks", "2405.14194", "done"),
   System("spark_embedding", "graph.embedding", "DistNE", "Large-Scale Network Embedding in Apache Spark", "2106.10620"),
   System("hnsw", "graph.search", "HNSW", "Efficient and robust approximate nearest neighbor search using Hierarchical Navigable Small World graphs", "1603.09320", "done"),
