@@ -12,6 +12,7 @@ from numba.extending import intrinsic
 from jaxlab import kernels
 
 ENTRY, TOP, COUNT = 0, 1, 2  # places in `head`: entry point, its level, number of points
+AHEAD = 256  # bytes of a vector that are asked for in advance; the processor guesses the rest
 
 
 class Graph(NamedTuple):
@@ -39,11 +40,12 @@ class Work(NamedTuple):
   chosen_d: np.ndarray
   pool: np.ndarray
   pool_d: np.ndarray
+  fresh: np.ndarray  # neighbours of one node that this search had not seen
 
 
-def work(capacity: int, ef: int, max_links: int) -> Work:
-  """Scratch for searches up to width `ef`."""
-  wide = max(ef, max_links) + 2
+def work(capacity: int, ef: int, links: int) -> Work:
+  """Scratch for searches up to width `ef` where a node has at most `links` links."""
+  wide = max(ef, links) + 2
   return Work(
     np.zeros(capacity, np.int32),
     np.zeros(2, np.int64),
@@ -55,6 +57,7 @@ def work(capacity: int, ef: int, max_links: int) -> Work:
     np.empty(wide, np.float32),
     np.empty(wide, np.int32),
     np.empty(wide, np.float32),
+    np.empty(links, np.int32),
   )
 
 
@@ -136,7 +139,7 @@ def _search_layer(graph, work, inner, query, entry, entry_d, layer, ef, hidden):
   """
   work.clock[0] += 1
   now = np.int32(work.clock[0])
-  seen, any_hidden = work.seen, len(hidden) > 0
+  seen, fresh, any_hidden = work.seen, work.fresh, len(hidden) > 0
   near_d, near, far_d, far = work.near_d, work.near, work.far_d, work.far
   waiting, found = 0, 0
   bound = np.float32(np.inf)
@@ -157,17 +160,21 @@ def _search_layer(graph, work, inner, query, entry, entry_d, layer, ef, hidden):
     _pop(near_d, near, waiting, 1)
     waiting -= 1
     row = _row(graph, node, layer)
+    count = 0
     for j in range(len(row)):
       other = row[j]
       if other < 0:
         break
-      if j + 1 < len(row) and row[j + 1] >= 0:
-        _prefetch(base + size * row[j + 1])
-      if seen[other] == now:
-        continue
-      seen[other] = now
+      if seen[other] != now:
+        seen[other] = now
+        fresh[count] = other
+        count += 1
+        for place in range(0, min(size, AHEAD), 64):
+          _prefetch(base + size * other + place)
+    evaluated += count
+    for j in range(count):
+      other = fresh[j]
       d = _distance(inner, query, graph.vectors[other])
-      evaluated += 1
       if found < ef or d < bound:
         _push(near_d, near, waiting, d, other, 1)
         waiting += 1

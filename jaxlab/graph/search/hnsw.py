@@ -291,7 +291,7 @@ def _searched(index, queries, k, ef, allowed, threads):
   nodes, distances = np.empty((len(x), k), np.int32), np.empty((len(x), k), np.float32)
   counter, graph = np.zeros(1, np.int64), _graph(index)
   scratch = [
-    _hnsw.work(len(index.labels), max(ef, k), 0)
+    _hnsw.work(len(index.labels), max(ef, k), 2 * index.max_links)
     for _ in range(min(_threads(threads, least=0) or os.cpu_count() or 1, max(len(x), 1)))
   ]
 
