@@ -1,0 +1,113 @@
+"""What the Spark job and its single-process reference agree on: options, dimensions, hashes and random keys."""
+
+import dataclasses
+from typing import Literal, get_args
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxlab.data import checks
+
+Border = Literal["induced", "cross"]
+Fusion = Literal["concat", "sum"]
+
+# Where randomness is drawn: different numbers give independent draws.
+SEEDS, TIES, ADMISSION, LEFT, TURNS, LEAF = range(6)
+_P1, _P2, _P3, _P4, _P5 = (
+  np.uint64(p)
+  for p in (
+    0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5
+  )
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How to split, embed and fuse. The paper's own settings are not known; the defaults are this library's choice.
+
+  Attributes:
+    dim: d, columns of the result.
+    parts: k, parts of the first split; 1 embeds the whole graph in one task.
+    leaf_nodes: largest subgraph that a task embeds. Larger parts are split again.
+    min_dim: a level of fewer than twice as many columns has no border of its own.
+    max_depth: border graphs within border graphs; 0 is "partition only".
+    slack: a part of a split holds up to (1 + slack) times its even share of nodes.
+    grow_steps: supersteps of the growth, each one hop; what is not reached then goes to the smallest part.
+    refine_rounds: rounds of label propagation after the growth.
+    border: graph on the border nodes: "induced", or only edges between parts, "cross".
+    fusion: "concat" levels, their dimensions in proportion to their nodes; or "sum" levels of full dimension, each
+      part rotated (orthogonal Procrustes on its border nodes) to the frame of the border.
+    seed: of partition and embedding.
+  """
+
+  dim: int = 128
+  parts: int = 8
+  leaf_nodes: int = 1500
+  min_dim: int = 16
+  max_depth: int = 3
+  slack: float = 0.1
+  grow_steps: int = 32
+  refine_rounds: int = 5
+  border: Border = "induced"
+  fusion: Fusion = "concat"
+  seed: int = 0
+
+  def __post_init__(self):
+    """Raises ValueError for what is out of range."""
+    for name, least in (("dim", 1), ("parts", 1), ("leaf_nodes", 2), ("min_dim", 1), ("max_depth", 0)):
+      checks.count(name, getattr(self, name), least)
+    for name, least in (("grow_steps", 0), ("refine_rounds", 0), ("seed", 0)):
+      checks.count(name, getattr(self, name), least, 2**31 - 1)
+    checks.fraction("slack", self.slack, 0.0, 10.0)
+    checks.choice("border", self.border, get_args(Border))
+    checks.choice("fusion", self.fusion, get_args(Fusion))
+
+  def border_dim(self, dim: int, nodes: int, border: int) -> int:
+    """d_B: columns for the border among `dim` of a level."""
+    return dim if self.fusion == "sum" and border else dim * border // (nodes + border)
+
+  def is_last(self, dim: int, nodes: int, depth: int, shrinks: bool) -> bool:
+    """Whether a level has no border: a leaf, too few columns, too deep, or hardly smaller than the one before."""
+    return (
+      self.is_leaf(nodes)
+      or (self.fusion == "concat" and dim < 2 * self.min_dim)
+      or depth >= self.max_depth
+      or not shrinks
+    )
+
+  def is_leaf(self, nodes: int) -> bool:
+    """Whether a graph is embedded as it is."""
+    return nodes <= self.leaf_nodes or self.parts == 1
+
+
+def shrinks(nodes: int, border: int) -> bool:
+  """Whether a border is worth a recursion of its own."""
+  return border <= 0.95 * nodes
+
+
+def salt(*numbers: int) -> int:
+  """A 64-bit number, signed as Spark's are, from small ones: seed, purpose, level, round."""
+  return int(xxhash64(*(np.array([n]) for n in numbers))[0])
+
+
+def leaf_seed(seed: int, level: int, part: int) -> int:
+  """What the key of a leaf is made of: `jax.random.key(leaf_seed(...))`. Of the whole graph: level 0, part 0."""
+  return salt(seed, LEAF, level, part) & 0x7FFFFFFF
+
+
+def xxhash64(*columns: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+  """Host. What Spark's `xxhash64` gives for columns of longs: XXH64 of each, seeded by the one before, 42 at first."""
+  h = np.uint64(42)
+  with np.errstate(over="ignore"):
+    for column in columns:
+      h = h + _P5 + np.uint64(8)
+      h = h ^ (_rotate(np.asarray(column).astype(np.int64).view(np.uint64) * _P2, 31) * _P1)
+      h = _rotate(h, 27) * _P1 + _P4
+      for shift, prime in ((33, _P2), (29, _P3)):
+        h = (h ^ (h >> np.uint64(shift))) * prime
+      h = h ^ (h >> np.uint64(32))
+  return np.asarray(h).view(np.int64)
+
+
+def _rotate(x, bits):
+  return (x << np.uint64(bits)) | (x >> np.uint64(64 - bits))
