@@ -129,7 +129,7 @@ def report(result: dict[str, Any]) -> None:
   """The table."""
   table = rich.table.Table("quantity", "mean", "std. deviation", title=result["dataset"])
   for name, metric in result["metrics"].items():
-    table.add_row(name, f"{metric['mean']:.2f}", f"{metric['std'] or 0:.2f}")
+    table.add_row(name, "" if metric["mean"] is None else f"{metric['mean']:.2f}", f"{metric['std'] or 0:.2f}")
   rich.print(table)
 
 
