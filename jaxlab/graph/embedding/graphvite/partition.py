@@ -109,7 +109,8 @@ def to_blocks(x: Float[np.ndarray, "N d"], partition: Partition) -> Float[np.nda
 
 def from_blocks(blocks: Float[np.ndarray, "P n d"], partition: Partition) -> Float[np.ndarray, "N d"]:
   """Inverse of `to_blocks`."""
-  return np.asarray(blocks)[partition.place[:, 0], partition.place[:, 1]]
+  rows = partition.place[:, 0] * np.int64(blocks.shape[1]) + partition.place[:, 1]
+  return np.take(blocks.reshape(-1, *blocks.shape[2:]), rows, axis=0)
 
 
 def check_whole(name: str, value: object, low: int) -> None:

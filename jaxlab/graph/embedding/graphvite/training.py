@@ -22,6 +22,7 @@ T = TypeVar("T")
 _EPISODE = 20_000_000  # samples of an episode at most, or as many as 16 for each node
 _EPISODES = 30  # at least, so that each block is trained at many learning rates, and sampling runs ahead
 _CACHE = 8 * 2**20  # bytes that the two parts of a block should fit in
+_PARTS, _ROWS = 4, 64  # parts that the host makes at least, if they have as many rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Training:
     weight_decay: of the rows in use.
     negative_exponent: negatives are drawn proportional to degree to this power.
     batch_size: samples with the same learning rate.
-    num_workers: W, blocks trained at once. None: as many as cores ("host") or as devices of the mesh.
-    num_parts: P, a multiple of W. None: W ("device"); enough for blocks to fit in the cache ("host").
+    num_workers: W, blocks trained at once. None: P ("host"), or as many as devices of the mesh ("device").
+    num_parts: P, a multiple of W. None: W ("device"); 4, or more for blocks that fit in the cache ("host").
     block_samples: Q, samples of a block in an episode (the official episode_size * batch_size), a multiple of the
       shuffle base. None: the samples to train in at least 30 episodes of at most 2 * 10^7, or 16 N, samples.
     micro_batch: B, samples whose updates are computed together ("device"); None: see `device.largest_micro_batch`.
@@ -111,10 +112,10 @@ def embed(
     weights: [E] positive weights of edges; None: 1.
     directed: walk edges from row 0 to row 1 only.
     normalize: divide each weight by the square root of the product of both degrees.
-    backend: "host": W threads, each of which trains its block's samples one by one; "device": JAX, micro-batches, W
-      workers on `mesh` or on one device. None: "host" where JAX computes on CPU and no mesh is given.
+    backend: "host": threads, each of which trains a block's samples one by one; "device": JAX, micro-batches, W workers
+      on `mesh` or on one device. None: "host" where JAX computes on CPU and no mesh is given.
     mesh: devices for "device", one axis.
-    threads: to draw and, on the host, to train with; None: as many as cores. Results do not depend on them.
+    threads: to draw and, on the host, to train with (W at most); None: as many as cores. Results do not depend on it.
     on_episode: called with (episodes done, episodes in all, loss) after each.
 
   Returns:
@@ -133,12 +134,14 @@ def embed(
   threads = check_threads(threads)
   graph = prepare(edges, num_nodes, weights, directed=directed, normalize=normalize)
   sampling = sampling.resolve(num_nodes, graph.num_edges)
-  plan = _plan(graph, dim, sampling, training, backend, mesh, threads)
+  plan = _plan(graph, dim, sampling, training, backend, mesh)
   parts = partition.zigzag(graph.degree, plan.num_parts)
   tables = partition.negatives(graph.degree, parts, training.negative_exponent)
-  key_init, key_walks, key_negatives = jax.random.split(key, 3)
-  start = np.asarray(jax.random.uniform(key_init, (num_nodes, dim), minval=-0.5 / dim, maxval=0.5 / dim))
-  state = partition.to_blocks(start, parts), partition.to_blocks(np.zeros_like(start), parts)
+  # Threefry on CPU would take longer for a large start than short training does.
+  key_start, key_walks, key_negatives = jax.random.split(key, 3)
+  start = np.random.default_rng(_seed(key_start)).random((num_nodes, dim), np.float32)
+  vertex = partition.to_blocks((start - np.float32(0.5)) / dim, parts)
+  state: Any = vertex, np.zeros_like(vertex)
 
   def draw(episode: int) -> np.ndarray:
     seed = _seed(jax.random.fold_in(key_walks, episode))
@@ -154,8 +157,7 @@ def embed(
     losses.append(loss)
     if on_episode is not None:
       on_episode(episode + 1, plan.episodes, loss)
-  matrices = (np.asarray(x).reshape(plan.num_parts, -1, dim) for x in state)
-  vertex, context = (partition.from_blocks(x, parts) for x in matrices)
+  vertex, context = (partition.from_blocks(np.asarray(x).reshape(plan.num_parts, -1, dim), parts) for x in state)
   return Embedding(vertex, context, np.array(losses, np.float32))
 
 
@@ -230,27 +232,26 @@ class _Plan(NamedTuple):
   total: float  # samples to train, without what rounding adds
 
 
-def _plan(
-  graph: Graph, dim: int, sampling: Sampling, training: Training, backend: Backend, mesh: Mesh | None, threads: int
-) -> _Plan:
+def _plan(graph: Graph, dim: int, sampling: Sampling, training: Training, backend: Backend, mesh: Mesh | None) -> _Plan:
   """Sizes, with defaults where the caller left them open."""
   nodes, base = len(graph.degree), sampling.shuffle_base
   assert base is not None
   total = training.epochs * graph.num_edges
   episode = min(math.ceil(total / _EPISODES), max(_EPISODE, 16 * nodes))
-  workers = training.num_workers
-  if workers is None:
-    open_ = min(threads, max(1, nodes // 64)) if backend == "host" and mesh is None else 1
-    workers = open_ if mesh is None else mesh.size
-    if training.num_parts is not None and mesh is None:
-      workers = math.gcd(workers, training.num_parts)
-  if mesh is not None and (len(mesh.axis_names) != 1 or mesh.size != workers):
-    raise ValueError(f"mesh: got {dict(mesh.shape)}, expected one axis of {workers} devices, as many as workers")
-  parts = training.num_parts
-  if parts is None:
+  workers, parts = training.num_workers, training.num_parts
+  if mesh is not None:
+    workers = mesh.size if workers is None else workers
+    if len(mesh.axis_names) != 1 or mesh.size != workers:
+      raise ValueError(f"mesh: got {dict(mesh.shape)}, expected one axis of {workers} devices, as many as workers")
+  if parts is None and backend == "host":
     # Parts that fit in the cache, but not so many that a block's samples would use each row only once or twice.
-    fit = -(-2 * nodes * dim * 4 // _CACHE) if backend == "host" else 1
-    parts = workers * max(1, min(-(-fit // workers), episode // (4 * nodes * workers)))
+    fit = math.ceil(2 * nodes * dim * 4 / _CACHE)
+    parts = min(max(_PARTS, min(fit, episode // (4 * nodes))), max(1, nodes // _ROWS))
+    parts = math.ceil(parts / (workers or 1)) * (workers or 1)
+  elif parts is None:
+    parts = workers or 1
+  if workers is None:
+    workers = parts if backend == "host" else 1
   if parts % workers:
     raise ValueError(f"num_parts: got {parts}, expected a multiple of num_workers, {workers}")
   block = training.block_samples
@@ -281,9 +282,7 @@ def _host_trainer(plan, training, tables, key, mesh, threads):
 
   def train(state, samples, episode):
     vertex, context = state  # owned by `embed`, changed in place
-    seeds = np.random.SeedSequence([_seed(jax.random.fold_in(key, episode))]).generate_state(
-      plan.num_parts**2, np.uint64
-    )
+    seeds = np.random.SeedSequence(_seed(jax.random.fold_in(key, episode))).generate_state(plan.num_parts**2, np.uint64)
     first = episode * plan.num_parts**2 * plan.block_samples
 
     def block(step, worker):
