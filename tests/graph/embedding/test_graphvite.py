@@ -1,6 +1,7 @@
 """Training on blocks: the definition, micro-batches, workers that share nothing. Scores: `experiments/graphvite.py`."""
 
 import itertools
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlab import train
 from jaxlab.graph.embedding import graphvite
-from jaxlab.graph.embedding.graphvite import _kernels, device, partition
+from jaxlab.graph.embedding.graphvite import _kernels, device, partition, training
 from jaxlab.graph.embedding.graphvite.device import State
 
 DIM = 5
@@ -314,6 +315,21 @@ def test_episodes_are_reported_and_a_loss_that_grows_stops():
   assert [s[:2] for s in seen] == [(i + 1, count) for i in range(count)] and len(result.loss) == count
   with pytest.raises(FloatingPointError, match="episode 1"):
     embed(learning_rate=1e6)
+
+
+def test_the_next_pool_is_drawn_while_one_is_in_use():
+  started = [threading.Event() for _ in range(3)]
+
+  def make(number):
+    started[number].set()
+    return number
+
+  pools = training._ahead(make, 3)
+  for number in range(3):
+    assert next(pools) == number
+    if number < 2:
+      assert started[number + 1].wait(timeout=20)  # nobody asked for it yet
+  assert next(pools, None) is None
 
 
 def test_micro_batches_are_small_where_a_row_is_in_demand():

@@ -24,7 +24,8 @@ on the devices of a mesh, tail parts in place and head parts going round.
 
 Differs from the paper and the official code: there, threads of a GPU update rows without locks; here an order is kept.
 Second-order walks reject steps instead of keeping a table for each edge: the same distribution in O(E) memory. Repeated
-edges add their weights up. SGD is the only optimizer. Episodes are as large as divides the samples to train evenly.
+edges add their weights up. SGD is the only optimizer. Training is cut into equal episodes, 30 or more, of at most
+2 * 10^7 samples or 16 a node; official sizes are `block_samples` = episode size times batch size.
 """
 
 from jaxlab.graph.embedding.graphvite import device, partition

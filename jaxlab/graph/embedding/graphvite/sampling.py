@@ -14,7 +14,7 @@ from jaxlab.graph.embedding.graphvite import _kernels
 from jaxlab.graph.embedding.graphvite.partition import Partition, check_whole
 
 _STREAMS = 8  # independent sequences of random numbers that fill a pool, whatever the threads
-_WASTE = 1000  # pairs drawn for each place in a pool before blocks are held to be unreachable
+_WASTE = 100  # pairs drawn for each place in a pool before blocks are held to be unreachable
 
 
 @dataclasses.dataclass(frozen=True)
