@@ -194,7 +194,8 @@ def main(config: Config) -> None:
   for name, found in curves.items():
     metrics[f"{name}: final (%)"] = 100 * found["accuracy"][-1]
   metrics["sparse + merge minus server (points)"] = metrics["sparse + merge: final (%)"] - metrics["server: final (%)"]
-  metrics["late minus early window (points)"] = metrics["late window: final (%)"] - metrics["early window: final (%)"]
+  if {"early window", "late window"} <= set(curves):
+    metrics["late minus early window (points)"] = metrics["late window: final (%)"] - metrics["early window: final (%)"]
   for name, found in curves.items():
     metrics[f"{name}: models received a client"] = found["sent"] / config.clients
   path = train.write_result(

@@ -70,7 +70,7 @@ def start(local: Learner, key: Key[Array, ""], data: Clients, *, common: bool = 
     data: gives N and the shapes.
     common: whether all start from the same weights; each has its own randomness either way.
   """
-  n, batch = data.num_clients, _example(data)
+  n, batch = data.num_clients, example(data)
   model = variables(local.init(key, batch))
   states = jax.vmap(local.init, (0, None))(jax.random.split(key, n), batch)
   return give(states, model) if common else states
@@ -304,7 +304,7 @@ def federated(
 
   def init(key: Key[Array, ""], data: Clients) -> Federation:
     first, second = jax.random.split(key)
-    model = variables(local.init(first, _example(data)))
+    model = variables(local.init(first, example(data)))
     residual = None
     if codec is not None and codec.feedback:
       residual = jax.tree.map(lambda leaf: jnp.zeros((data.num_clients, *leaf.shape), leaf.dtype), model)
@@ -316,7 +316,7 @@ def federated(
     ids = jnp.arange(n) if choose is None else choose(picks, state.round, n)
     mine = chosen(data, ids)
     keys = client_keys(works, state.round, ids)
-    states = jax.vmap(local.init, (0, None))(keys, _example(data))
+    states = jax.vmap(local.init, (0, None))(keys, example(data))
     states, metrics = train_clients(local, give(states, state.model), mine, keys, work)
     update = jax.tree.map(lambda new, old: new - old[None], states.variables, state.model)
     residual, megabits = state.residual, jnp.float32(len(ids) * 8e-6 * model_bytes(state.model))
@@ -406,8 +406,8 @@ def gossiping(
   return Learner(init, step, evaluate)
 
 
-def _example(data: Clients) -> Batch:
-  """A minibatch of one, for shapes."""
+def example(data: Clients) -> Batch:
+  """A minibatch of one example, for shapes."""
   return {name: jnp.asarray(array)[:1] for name, array in data.examples.items()} | {"mask": jnp.ones(1, bool)}
 
 
