@@ -137,7 +137,8 @@ def _embed(
   while True:
     level = len(levels)
     part = members.select("v", F.lit(0).cast("long").alias("part"))
-    if not options.is_leaf(count):
+    last = options.is_last(dim, count, level, worth)
+    if not options.is_whole(count, level, last):
       part = partition(arcs, members, options, level)
     both = arcs
     for end in ("src", "dst"):
@@ -149,7 +150,6 @@ def _embed(
     inner.append(within.select(F.lit(level).alias("level"), "part", "src", "dst"))
     border, found = stored(cut.select(F.col("src").alias("v")).distinct(), F.count("*").alias("count"))
     border_count = found["count"]
-    last = options.is_last(dim, count, level, worth)
     dim_border = 0 if last else options.border_dim(dim, count, border_count)
     own = dim - dim_border if options.fusion == "concat" else dim
     levels.append(Level(count, both.filter("src < dst").count(), border_count, own))

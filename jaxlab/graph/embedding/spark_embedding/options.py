@@ -10,6 +10,7 @@ from jaxlab.data import checks
 
 Border = Literal["induced", "cross"]
 Fusion = Literal["concat", "sum"]
+Last = Literal["parts", "whole"]
 
 # Where randomness is drawn: different numbers give independent draws.
 SEEDS, TIES, ADMISSION, LEFT, TURNS, LEAF = range(6)
@@ -37,6 +38,8 @@ class Options:
     border: graph on the border nodes: "induced", or only edges between parts, "cross".
     fusion: "concat" levels, their dimensions in proportion to their nodes; or "sum" levels of full dimension, each
       part rotated (orthogonal Procrustes on its border nodes) to the frame of the border.
+    last: the last border is embedded in "parts" if it has more than `leaf_nodes`, or "whole" in one task, which then
+      needs memory for a graph that nothing bounds but gives all border nodes one frame.
     seed: of partition and embedding.
   """
 
@@ -50,6 +53,7 @@ class Options:
   refine_rounds: int = 5
   border: Border = "induced"
   fusion: Fusion = "concat"
+  last: Last = "parts"
   seed: int = 0
 
   def __post_init__(self):
@@ -61,6 +65,7 @@ class Options:
     checks.fraction("slack", self.slack, 0.0, 10.0)
     checks.choice("border", self.border, get_args(Border))
     checks.choice("fusion", self.fusion, get_args(Fusion))
+    checks.choice("last", self.last, get_args(Last))
 
   def border_dim(self, dim: int, nodes: int, border: int) -> int:
     """d_B: columns for the border among `dim` of a level."""
@@ -76,8 +81,12 @@ class Options:
     )
 
   def is_leaf(self, nodes: int) -> bool:
-    """Whether a graph is embedded as it is."""
+    """Whether a graph is small enough to be embedded as it is."""
     return nodes <= self.leaf_nodes or self.parts == 1
+
+  def is_whole(self, nodes: int, depth: int, last: bool) -> bool:
+    """Whether a graph is embedded in one task."""
+    return self.is_leaf(nodes) or (self.last == "whole" and last and depth > 0)
 
 
 def shrinks(nodes: int, border: int) -> bool:

@@ -60,13 +60,13 @@ def reference(
     level = len(levels)
     here = np.searchsorted(members, edges)
     part = np.zeros(len(members), np.int64)
-    if not options.is_leaf(len(members)):
+    last = options.is_last(dim, len(members), level, worth)
+    if not options.is_whole(len(members), level, last):
       part = partition(np.concatenate([here, here[::-1]], axis=1), members, options, level)
     cut = part[here[0]] != part[here[1]]
     inner.append(edges[:, ~cut])
     border = np.zeros(len(members), bool)
     border[here[:, cut]] = True
-    last = options.is_last(dim, len(members), level, worth)
     dim_border = 0 if last else options.border_dim(dim, len(members), int(border.sum()))
     own = dim - dim_border if options.fusion == "concat" else dim
     levels.append(LocalLevel(members, part, int(border.sum()), own))
