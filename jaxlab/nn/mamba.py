@@ -16,7 +16,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxlab import interop, kernels
 from jaxlab.nn import _causal_conv
@@ -75,7 +75,7 @@ class MambaMixer(nn.Module):
     delta, delta_bias = step(delta)
     D = self.param("D", nn.initializers.ones, (inner,), self.param_dtype)
     if self.recurrent or self.discretization == "zoh":
-      A_log = self.param("A_log", _log_range, (inner, self.state_size), self.param_dtype)
+      A_log = self.param("A_log", log_range, (inner, self.state_size), self.param_dtype)
       y = selective_scan(
         hidden, delta, -jnp.exp(A_log.astype("float32")), B, C, D, z=gate, delta_bias=delta_bias, delta_softplus=True,
         starts=starts, reverse=self.reverse, discretization=self.discretization,
@@ -184,23 +184,24 @@ class StepSize(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "*b r"]) -> tuple[Float[Array, "*b c"], Float[Array, " c"]]:
     """Product and bias."""
-
-    def log_uniform(key, shape, dtype):
-      step = jnp.exp(jax.random.uniform(key, shape, minval=math.log(1e-3), maxval=math.log(0.1)))
-      return jnp.log(jnp.expm1(step)).astype(dtype)  # the inverse of softplus
-
     rank = x.shape[-1]
     uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -(rank**-0.5), rank**-0.5)
     kernel = self.param("kernel", uniform, (rank, self.features), self.param_dtype)
-    bias = self.param("bias", log_uniform, (self.features,), self.param_dtype)
+    bias = self.param("bias", step_bias, (self.features,), self.param_dtype)
     x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
     return x @ kernel, bias
 
 
-def _log_range(key, shape, dtype):
-  """A = -(1, ..., N) for every channel, the real S4D initialisation."""
+def step_bias(key: Key[Array, ""], shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Array:
+  """Initializer of the bias of step sizes: softplus(bias) is log-uniform in [0.001, 0.1]."""
+  step = jnp.exp(jax.random.uniform(key, shape, minval=math.log(1e-3), maxval=math.log(0.1)))
+  return jnp.log(jnp.expm1(step)).astype(dtype)
+
+
+def log_range(key: Key[Array, ""], shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Array:
+  """Initializer of A_log [..., N]: A = -(1, ..., N) for every channel, the real S4D initialisation."""
   del key
-  return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[1] + 1, dtype="float32")), shape).astype(dtype)
+  return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[-1] + 1, dtype="float32")), shape).astype(dtype)
 
 
 class BidirectionalMamba(nn.Module):
