@@ -42,9 +42,9 @@ class Config:
   """Concentration of the Dirichlet split."""
   rounds: int = 30
   """Of communication."""
-  epochs: int = 2
+  epochs: int = 1
   """Local ones in a round."""
-  batch_size: int = 10
+  batch_size: int = 20
   """Of a local step."""
   rate: float = 0.001
   """Learning rate of RMSprop, fresh in each round."""
@@ -153,7 +153,7 @@ def main(config: Config) -> None:
   """Trains what is not trained yet, then draws and reports."""
   memory.keep()
   if config.preset == "paper":
-    config = dataclasses.replace(config, dataset="mnist_5k", rounds=101, epochs=101, server_rate=0.1)
+    config = dataclasses.replace(config, dataset="mnist_5k", rounds=101, epochs=101, batch_size=10, server_rate=0.1)
   if config.seeds < 1:
     raise ValueError(f"seeds: got {config.seeds}, expected at least 1")
   kind = (
