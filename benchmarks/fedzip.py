@@ -1,6 +1,6 @@
 """FedZip's compression beside the official algorithm in PyTorch, and its bit streams beside DEFLATE.
 
-Compression: ten clients' updates of the official network (1,199,882 weights) are pruned by 80 %, then take three values.
+Compression: ten clients' updates of the official network (1,199,882 weights) are pruned by 80 % and take three values.
 The peer is the official algorithm, tensor by tensor: the threshold by `topk`, distances to all centroids, masks.
 Streams: the symbols of one tensor of a million entries, encoded by the shortest of three methods; the peer is zlib.
 """
