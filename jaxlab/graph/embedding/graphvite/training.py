@@ -122,7 +122,8 @@ def embed(
     Both matrices, float32. Nodes without edges keep what they started with: U(-1/2d, 1/2d), and 0.
 
   Raises:
-    ValueError: an argument out of range.
+    ValueError: an argument out of range, or parts that no walk joins (fewer `num_parts` help).
+    FloatingPointError: the loss is not finite.
   """
   if backend is None:
     backend = "host" if jax.default_backend() == "cpu" and mesh is None else "device"
