@@ -3,6 +3,7 @@
 import functools
 
 import chex
+import golden_rule
 import hypothesis
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
@@ -24,20 +25,6 @@ COUNT = jax.jit(fedzip.bits)
 def fixture():
   pruned = jax.jit(lambda x: fedzip.top(x, 0.8))(jnp.asarray(FIXTURE, jnp.float32))
   return np.asarray(pruned), jax.device_get(jax.jit(fedzip.quantize)(pruned))
-
-
-def numpy_quantize(x, clusters=3, iterations=4):
-  """The rule as the official code has it, in float64."""
-  centroids = np.linspace(x.min(), x.max(), clusters)
-  for _ in range(iterations):
-    symbols = np.abs(x[:, None] - centroids).argmin(1)
-    for k in range(clusters):
-      members = x[symbols == k]
-      if k == clusters // 2:
-        centroids[k] = members.mean() if len(members) else 0.0
-      elif (members != 0).any():
-        centroids[k] = members.sum() / (members != 0).sum()
-  return symbols, centroids
 
 
 # ------------------------------------------------------------------------------------------------------------- fixture
@@ -68,15 +55,21 @@ def test_fixture_of_sizes():
   assert each == [158, 919, 162]
 
 
-def test_the_official_rule_on_other_tensors():
-  quantize = jax.jit(fedzip.quantize)
-  for seed in range(5):
-    x = np.random.default_rng(seed).standard_t(3, 300)
-    x[np.abs(x) < 0.8] = 0
-    symbols, centroids = numpy_quantize(x)
-    message = quantize(jnp.asarray(x, jnp.float32))
-    np.testing.assert_array_equal(message.symbols, symbols)
-    np.testing.assert_allclose(message.centroids, centroids, atol=1e-6)
+def test_official_outputs():
+  """Pruning, three values and sizes of the official functions on the fixture, normal, heavy-tailed and 4-D tensors."""
+  file = np.load(golden_rule.GOLDEN / "fedzip.npz")
+  names = [name.removeprefix("in.") for name in file.files if name.startswith("in.")]
+  assert sorted(names) == ["bias", "fixture", "heavy", "kernel", "normal"]
+  run = jax.jit(lambda update: (messages := fedzip.compress(update, sparsity=0.8), fedzip.restore(messages, update)))
+  given = {name: jnp.asarray(file[f"in.{name}"]) for name in names}
+  messages, restored = jax.device_get(run(given))
+  for message, name in zip(messages, sorted(names), strict=True):
+    np.testing.assert_allclose(restored[name], file[f"quantized.{name}"], atol=2e-6 * np.abs(given[name]).max())
+    if name != "bias":
+      np.testing.assert_array_equal(fedzip.top(given[name].reshape(-1), 0.8), file[f"pruned.{name}"].reshape(-1))
+      official, each = fedzip.official_bits(message.symbols), sorted(file[f"gap.{name}"])
+      assert official["gap"] == each[0] + each[1]
+      assert (official["huffman"], official["address"]) == (file[f"huffman.{name}"], file[f"address.{name}"])
 
 
 # --------------------------------------------------------------------------------------------------------- the streams
