@@ -1,7 +1,7 @@
 """DistNE beside one embedding of the whole graph and beside parts without borders; and its cost up to 10^7 edges.
 
     python experiments/spark_embedding.py                               # digits on their nearest-neighbour graph
-    python experiments/spark_embedding.py --dataset amazon_photo        # minutes
+    python experiments/spark_embedding.py --dataset amazon_photo        # minutes a seed; goes on where it was
     python experiments/spark_embedding.py --scaling                     # 10^5 to 10^7 edges; goes on where it was
     python experiments/spark_embedding.py --scaling --edges 1000000     # one size
     python experiments/spark_embedding.py --master spark://host:7077    # on a cluster
@@ -57,6 +57,8 @@ METHODS: dict[str, dict[str, Any]] = {
   "DistNE, sum": {"fusion": "sum"},
   "DistNE, sum, last border whole": {"fusion": "sum", "last": "whole"},
 }
+CLOSERS = ("DistNE, last border whole", "DistNE, sum", "DistNE, sum, last border whole")
+DIFFER = "numbers in which Spark and reference differ"
 TESTS = ("dot AUC", "Hadamard AUC", "accuracy")
 
 
@@ -152,66 +154,71 @@ def judge(
   return [roc_auc_score(y, x.sum(axis=1)), roc_auc_score(y, logistic.decision_function(x)), accuracy]
 
 
+def one_seed(
+  config: Config, edges: Int[np.ndarray, "2 e"], labels: Int[np.ndarray, " n"], seed: int
+) -> dict[str, float]:
+  """`TESTS` of all methods, and the rest."""
+  n = len(labels)
+  split = evaluation.edge_split(edges, seed, validation=0.0, test=0.05)
+  hidden = split.test.shape[1]
+  negative = evaluation.negative_edges(edges, n, hidden + min(split.train.shape[1], 20_000), seed)
+  labelled = np.random.default_rng(seed).permutation(n) < n // 10
+  found = {}
+  with contextlib.ExitStack() as stack:
+    spark = stack.enter_context(spark_session(config, 8)) if seed == 0 or config.engine == "spark" else None
+    for method in METHODS:
+      chosen = options(config, n, seed, method)
+      if config.engine == "spark" and method != WHOLE:
+        z = on_spark(spark, split.train, n, chosen)
+      else:
+        result = se.reference(*split.train, chosen, nodes=np.arange(n))
+        z = result.vectors
+        if method == DISTNE:
+          found["border nodes (%)"] = 100 * result.levels[0].border / n
+        if method == DISTNE and seed == 0:
+          found[DIFFER] = float(np.count_nonzero(on_spark(spark, split.train, n, chosen) != z))
+      scores = judge(z, split, negative, labels, labelled)
+      found |= {f"{test}, {method}": score for test, score in zip(TESTS, scores, strict=True)}
+      rich.print(f"seed {seed}, {method}:", dict(zip(TESTS, np.round(scores, 4).tolist(), strict=True)))
+  degree = np.bincount(split.train.reshape(-1), minlength=n).astype(float)
+  a, b = np.concatenate([split.test, negative[:, -hidden:]], axis=1)
+  found["dot AUC, product of degrees"] = roc_auc_score(np.arange(2 * hidden) < hidden, degree[a] * degree[b])
+  for test in TESTS:
+    whole, parts = found[f"{test}, {WHOLE}"], found[f"{test}, {PARTS}"]
+    for method in (DISTNE, *CLOSERS):
+      found[f"gap closed (%), {test}, {method}"] = 100 * (found[f"{test}, {method}"] - parts) / (whole - parts)
+  return found
+
+
 def quality(config: Config, path: pathlib.Path) -> tuple[dict[str, Any], str]:
   """Scores of all methods, and how much of the distance from parts to the whole graph the border closes."""
   edges, labels = load(config)
-  n = len(labels)
-  scores: dict[str, list[list[float]]] = {method: [] for method in METHODS}
-  borders: dict[str, list[float]] = {DISTNE: [], "DistNE, refined": []}
-  degree_auc, differ, session = [], [], contextlib.ExitStack()
-  with session:
-    spark = session.enter_context(spark_session(config, 8))
-    for seed in range(config.seeds):
-      split = evaluation.edge_split(edges, seed, validation=0.0, test=0.05)
-      negative = evaluation.negative_edges(edges, n, split.test.shape[1] + min(split.train.shape[1], 20_000), seed)
-      labelled = np.random.default_rng(seed).permutation(n) < n // 10
-      for method in METHODS:
-        chosen = options(config, n, seed, method)
-        local = config.engine == "reference" or method == WHOLE
-        if local:
-          result = se.reference(*split.train, chosen, nodes=np.arange(n))
-          z = result.vectors
-          if method in borders:
-            borders[method].append(result.levels[0].border / n)
-        if not local or (seed == 0 and method == DISTNE):
-          other, z = z if local else None, on_spark(spark, split.train, n, chosen)
-          if other is not None:
-            differ.append(float(np.count_nonzero(other != z)))
-        scores[method].append(judge(z, split, negative, labels, labelled))
-        rich.print(f"seed {seed}, {method}:", dict(zip(TESTS, np.round(scores[method][-1], 4).tolist(), strict=True)))
-      degree = np.bincount(split.train.reshape(-1), minlength=n).astype(float)
-      held = np.concatenate([split.test, negative[:, -split.test.shape[1] :]], axis=1)
-      product = degree[held[0]] * degree[held[1]]
-      degree_auc.append(roc_auc_score(np.arange(held.shape[1]) < split.test.shape[1], product))
-  table = {method: np.array(rows).T for method, rows in scores.items()}
-  metrics: dict[str, Any] = {
-    f"{test}, {method}": table[method][i].tolist() for i, test in enumerate(TESTS) for method in METHODS
-  }
-  closed = {}
-  for i, test in enumerate(TESTS):
-    closed[test] = (table[DISTNE][i] - table[PARTS][i]) / (table[WHOLE][i] - table[PARTS][i])
-    metrics[f"gap closed (%), {test}"] = (100 * closed[test]).tolist()
-  metrics["dot AUC, product of degrees"] = degree_auc
-  metrics |= {f"border nodes (%), {method}": (100 * np.array(b)).tolist() for method, b in borders.items() if b}
-  if differ:
-    metrics["numbers in which Spark and reference differ"] = differ
-  draw(config, table, path)
-  over = np.mean(table[DISTNE][0] >= table[WHOLE][0])
-  best = max((m for m in METHODS if m.startswith(DISTNE)), key=lambda m: table[m][0].mean())
+  seeds = []
+  for seed in range(config.seeds):
+    file, record = path.parent / f"seed-{seed}.json", settings(dataclasses.asdict(config))
+    if not file.exists() or json.loads(file.read_text())["config"] != record:
+      found = one_seed(config, edges, labels, seed)
+      file.parent.mkdir(parents=True, exist_ok=True)
+      file.write_text(json.dumps({"config": record, "found": found}, indent=2) + "\n")
+    seeds.append(json.loads(file.read_text())["found"])
+  metrics: dict[str, Any] = {name: [one[name] for one in seeds if name in one] for name in seeds[0]}
+  draw(config, metrics, path)
+  dot = {method: np.array(metrics[f"dot AUC, {method}"]) for method in METHODS}
+  closed = {method: np.mean(metrics[f"gap closed (%), dot AUC, {method}"]) for method in (DISTNE, *CLOSERS)}
   return metrics, (
-    f"By dot product, the border closes {100 * closed['dot AUC'].mean():.0f} % of the distance from parts alone to the "
-    f"whole graph, which DistNE reaches in {over:.0%} of the runs; best is {best} with "
-    f"{table[best][0].mean():.3f} where the whole graph has {table[WHOLE][0].mean():.3f}."
+    f"By dot product parts alone have {dot[PARTS].mean():.3f}, the whole graph {dot[WHOLE].mean():.3f}; of the gap "
+    + ", ".join(f"{method} closes {share:.0f} %" for method, share in closed.items())
+    + f". It reaches the whole graph in {np.mean([dot[m] >= dot[WHOLE] for m in closed]):.0%} of these runs."
   )
 
 
-def draw(config: Config, table: dict[str, np.ndarray], path: pathlib.Path) -> None:
+def draw(config: Config, metrics: dict[str, Any], path: pathlib.Path) -> None:
   """A panel a test, a bar a method."""
   figure, (axes,) = train.figures.subplots(1, len(TESTS), width=3.6)
-  names = list(table)[::-1]
+  names = list(METHODS)[::-1]
   for panel, test in enumerate(TESTS):
-    mean = [table[name][panel].mean() for name in names]
-    std = [table[name][panel].std() for name in names]
+    mean = [np.mean(metrics[f"{test}, {name}"]) for name in names]
+    std = [np.std(metrics[f"{test}, {name}"]) for name in names]
     colors = [train.figures.COLORS[0 if name == WHOLE else 1 if name.startswith("parts") else 2] for name in names]
     axes[panel].barh(names, mean, xerr=std, color=colors, height=0.7)
     axes[panel].set(xlabel=test, xlim=(max(0.0, min(mean) - 0.1), 1), title=config.dataset if panel == 1 else "")
@@ -223,7 +230,7 @@ def draw(config: Config, table: dict[str, np.ndarray], path: pathlib.Path) -> No
 # ----------------------------------------------------------------------------------------------------------- scaling
 
 COMMUNITY, MEAN_DEGREE, OUTSIDE = 500, 20, 2  # nodes, neighbours, and percent of the edges that lead out
-SCALED = se.Options(dim=64, parts=32, leaf_nodes=1000, max_depth=2, refine_rounds=3)
+SCALED = se.Options(dim=64, leaf_nodes=1000, max_depth=2, refine_rounds=4)  # and parts enough to split once
 COST = ("total (s)", "JVM (MB)", "Python workers, largest (MB)")
 
 
@@ -279,12 +286,12 @@ def watched() -> Iterator[dict[str, float]]:
 
 def cost(config: Config, count: int) -> dict[str, float]:
   """Of one size, in a session of its own; vectors go to a file."""
-  with spark_session(config, 32) as spark, watched() as peaks:
+  with spark_session(config, 16) as spark, watched() as peaks:
     frame, nodes = communities(spark, count)
     # Workers start, import JAX and compile their first program before the clock does.
     se.embed(spark.range(2000).selectExpr("id src", "id + 1 + id % 7 dst"), dataclasses.replace(SCALED, parts=2))
     start = time.perf_counter()
-    result = se.embed(frame, SCALED)
+    result = se.embed(frame, dataclasses.replace(SCALED, parts=int(1.1 * nodes / SCALED.leaf_nodes) + 2))
     ready = time.perf_counter()
     folder = config.workdir / "scaling" / f"vectors-{count}"
     result.vectors.write.mode("overwrite").parquet(str(folder))

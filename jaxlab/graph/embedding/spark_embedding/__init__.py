@@ -21,8 +21,9 @@ Names: k is `parts`, n_leaf `leaf_nodes`, d_min `min_dim`. Any `embedder(edges, 
 the default is `netmf`. Isolated nodes have vectors of zeros.
 
 Known of the paper are the scheme, the dimension rule and the zero padding. Chosen here: seeds of the growth are random;
-a node joins the part that most of its neighbours have joined, unless that is full; label propagation then moves nodes
-where c_p(v) (1 - size_p / cap) is largest, half of all nodes at a time; parts above `leaf_nodes` are split again,
+a node joins the part that most of its neighbours have joined, unless that is full; label propagation then moves half of
+all nodes at a time to where most of their neighbours are, if there is room (weighing votes by the free share of a part,
+1 - size / cap, drives nodes out of full parts and cuts more edges); parts above `leaf_nodes` are split again,
 before any is embedded; each leaf's vectors are scaled to a mean norm of 1; a border of over 95 % of the nodes, or at
 `max_depth`, is the last; it is embedded in parts, so that no task ever holds more than `leaf_nodes`, unless
 `last="whole"`; with `fusion="sum"` it is the internal vectors that are rotated, each part's to the frame that the

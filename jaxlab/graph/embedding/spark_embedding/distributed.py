@@ -127,7 +127,7 @@ def _embed(
   edges = edges.filter("src != dst").select(*ends).distinct()
   arc = F.explode(F.array(F.struct("src", "dst"), F.struct(F.col("dst").alias("src"), F.col("src").alias("dst"))))
   arcs = keep(edges.select(arc.alias("arc")).select("arc.*").repartition(partitions, "src"))
-  members, found = stored(arcs.select(F.col("src").alias("v")).distinct(), F.count("*").alias("count"))
+  members, found = stored(arcs.select(F.col("src").alias("v")).distinct())
 
   levels: list[Level] = []
   labels: list[DataFrame] = []
@@ -148,7 +148,7 @@ def _embed(
     within = both.filter("src_part = dst_part and src < dst").select(F.col("src_part").alias("part"), "src", "dst")
     labels.append(part.select(F.lit(level).alias("level"), "part", "v"))
     inner.append(within.select(F.lit(level).alias("level"), "part", "src", "dst"))
-    border, found = stored(cut.select(F.col("src").alias("v")).distinct(), F.count("*").alias("count"))
+    border, found = stored(cut.select(F.col("src").alias("v")).distinct())
     border_count = found["count"]
     dim_border = 0 if last else options.border_dim(dim, count, border_count)
     own = dim - dim_border if options.fusion == "concat" else dim

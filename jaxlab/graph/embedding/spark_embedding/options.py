@@ -34,7 +34,7 @@ class Options:
     max_depth: border graphs within border graphs; 0 is "partition only".
     slack: a part of a split holds up to (1 + slack) times its even share of nodes.
     grow_steps: supersteps of the growth, each one hop; what is not reached then goes to the smallest part.
-    refine_rounds: rounds of label propagation after the growth.
+    refine_rounds: rounds of label propagation after the growth, in each of which half of the nodes may move.
     border: graph on the border nodes: "induced", or only edges between parts, "cross".
     fusion: "concat" levels, their dimensions in proportion to their nodes; or "sum" levels of full dimension, each
       part rotated (orthogonal Procrustes on its border nodes) to the frame of the border.
@@ -87,6 +87,11 @@ class Options:
   def is_whole(self, nodes: int, depth: int, last: bool) -> bool:
     """Whether a graph is embedded in one task."""
     return self.is_leaf(nodes) or (self.last == "whole" and last and depth > 0)
+
+
+def few(moved: int, nodes: int) -> bool:
+  """Whether a step moved so few nodes that it is not worth another: at most one of 1,000."""
+  return 1000 * moved <= nodes
 
 
 def shrinks(nodes: int, border: int) -> bool:

@@ -1,4 +1,4 @@
-"""Even-sized parts of a graph by Spark: growth from random seeds, then size-penalised label propagation.
+"""Even-sized parts of a graph by Spark: growth from random seeds, then label propagation between parts with room.
 
 Each superstep is a join of arcs and labels, a count of votes and an admission. All randomness is a hash of the seed
 and of node ids, and equal votes are resolved by it, so that no result depends on how Spark distributes rows.
@@ -9,7 +9,7 @@ import contextlib
 from pyspark.sql import Column, DataFrame, Row, Window
 from pyspark.sql import functions as F
 
-from jaxlab.graph.embedding.spark_embedding.options import ADMISSION, LEFT, SEEDS, TIES, TURNS, Options, salt
+from jaxlab.graph.embedding.spark_embedding.options import ADMISSION, LEFT, SEEDS, TIES, TURNS, Options, few, salt
 
 
 def partition(arcs: DataFrame, nodes: DataFrame, options: Options, level: int = 0) -> DataFrame:
@@ -55,13 +55,13 @@ def kept(frame: DataFrame, stack: contextlib.ExitStack) -> DataFrame:
 
 
 def stored(frame: DataFrame, *what: Column) -> tuple[DataFrame, Row]:
-  """A frame that is computed once and forgets where it comes from, and aggregates of it.
+  """A frame that is computed once and forgets where it comes from; and its number of rows, `count`, with aggregates.
 
   A checkpoint alone inherits the estimate of its size, to which each join is a product: in a loop its digits double
   with each step, and soon planning takes for ever. Of what lies in the cache the size is known.
   """
   frame.persist()
-  row = frame.agg(F.count("*"), *what).first()
+  row = frame.agg(F.count("*").alias("count"), *what).first()
   assert row is not None
   result = frame.select("*").localCheckpoint()
   frame.unpersist()
@@ -102,10 +102,10 @@ def _split(arcs: DataFrame, state: DataFrame, options: Options, level: int, roun
     votes = votes.withColumn("tie", hashed(TIES, step, "v", "part"))
     best = votes.groupBy("v").agg(F.max(F.struct("score", "tie", "part", "room")).alias("best")).select("v", "best.*")
     state, count = stored(_move(state, _admitted(best, hashed(ADMISSION, step, "v"))), moved, unplaced)
-    left = count["left"]
-    if not left or (stalled and not count["moved"]):
+    left, slow = count["left"], few(count["moved"], count["count"])
+    if not left or (stalled and slow):
       break
-    stalled = not count["moved"]
+    stalled = slow
     if stalled:
       state = state.withColumn("fresh", F.col("part").isNotNull())
 
@@ -118,15 +118,14 @@ def _split(arcs: DataFrame, state: DataFrame, options: Options, level: int, roun
     movers = _small(state.filter(turn[1]).filter("children > 1").select("v", F.col("part").alias("own")))
     votes = _ballots(arcs.filter(turn[0]), voters).join(movers, "v")
     votes = votes.groupBy("v", "own", "part").agg(F.count("*").alias("votes"), _the("room"))
-    # The share of a part that is free, without the voter, times its votes: c_p (1 - size_p / cap), in whole numbers.
-    score = F.col("votes") * (F.col("room") + (F.col("part") == F.col("own")).cast("long"))
+    score = F.when(F.col("room") > 0, F.col("votes")).otherwise(0)
     votes = votes.withColumn("score", score).withColumn("tie", hashed(TIES, options.grow_steps + step, "v", "part"))
-    stay = F.coalesce(F.max(F.when(F.col("part") == F.col("own"), F.col("score"))), F.lit(0))
+    stay = F.coalesce(F.max(F.when(F.col("part") == F.col("own"), F.col("votes"))), F.lit(0))
     most = F.max(F.struct("score", "tie", "part", "room"))
     best = votes.groupBy("v", "own").agg(most.alias("best"), stay.alias("stay")).filter("best.score > stay")
     admitted = _admitted(best.select("v", "best.*"), hashed(ADMISSION, options.grow_steps + step, "v"))
     state, count = stored(_move(state, admitted), moved)
-    if not count["moved"]:
+    if few(count["moved"], count["count"]):
       break
   return state.select("v", "part")
 

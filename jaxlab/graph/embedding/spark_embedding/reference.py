@@ -16,6 +16,7 @@ from jaxlab.graph.embedding.spark_embedding.options import (
   TIES,
   TURNS,
   Options,
+  few,
   leaf_seed,
   salt,
   shrinks,
@@ -167,11 +168,11 @@ def _split(arcs, ids, groups, parent, children, cap, options, level, round_):
     part[v], fresh[v] = p, True
     if (part >= 0).all():
       break
-    if not len(v):
+    if few(len(v), len(ids)):
       if stalled:
         break
       fresh = part >= 0
-    stalled = not len(v)
+    stalled = few(len(v), len(ids))
 
   left = np.flatnonzero(part < 0)
   if len(left):
@@ -188,14 +189,14 @@ def _split(arcs, ids, groups, parent, children, cap, options, level, round_):
     turn = xxhash64(np.full(len(ids), draw(TURNS, step)), ids) % 2 == 0
     v, p, votes = _ballots(arcs[:, turn[arcs[1]]], part, len(labels))
     own = p == part[v]
-    score = votes * (room[p] + own)
     stay = np.zeros(len(ids), np.int64)
-    stay[v[own]] = score[own]
-    best = _argmax(v, score, xxhash64(np.full(len(v), draw(TIES, options.grow_steps + step)), ids[v], labels[p]))
-    best = best[score[best] > stay[v[best]]]
+    stay[v[own]] = votes[own]
+    votes = np.where(room[p] > 0, votes, 0)
+    best = _argmax(v, votes, xxhash64(np.full(len(v), draw(TIES, options.grow_steps + step)), ids[v], labels[p]))
+    best = best[votes[best] > stay[v[best]]]
     v, p = _admit(v[best], p[best], ids, room, draw(ADMISSION, options.grow_steps + step))
     part[v] = p
-    if not len(v):
+    if few(len(v), len(ids)):
       break
   return labels[part]
 
