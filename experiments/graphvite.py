@@ -191,7 +191,10 @@ def main(config: Config) -> None:
   if config.preset == "paper":
     changes = {"dim": 128, "augmentation_step": 2, "epochs": (2000,), "fraction": 0.2, "models": False}
     config = dataclasses.replace(config, dataset="blogcatalog", **changes)
-  folder = config.workdir / f"{config.dataset}-{config.preset}-{config.dim}-{config.backend or 'default'}"
+  parts = "-".join(map(str, config.parts))
+  folder = config.workdir / "-".join(
+    [config.dataset, config.preset, str(config.dim), f"P{parts}", *([config.backend] if config.backend else [])]
+  )
   record = settings(dataclasses.asdict(config))
   if (folder / "result.json").exists():
     result = json.loads((folder / "result.json").read_text())

@@ -11,7 +11,7 @@ from experiments import graphvite as experiment
 def test_digits(tmp_path, monkeypatch, capsys):
   config = experiment.Config(dim=16, epochs=(5, 100), seeds=1, models=False, backend="host", workdir=tmp_path)
   experiment.main(config)
-  folder = tmp_path / "digits-demo-16-host"
+  folder = tmp_path / "digits-demo-16-P1-4-host"
   found = {name: m["mean"] for name, m in json.loads((folder / "result.json").read_text())["metrics"].items()}
   one, four = (found[f"AUC, P = {p}, 100 epochs"] for p in (1, 4))
   assert min(one, four) > 0.9 and abs(one - four) < 0.03
