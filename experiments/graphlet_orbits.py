@@ -116,8 +116,30 @@ def tuned(config: Config, x: np.ndarray, y: np.ndarray, learn: np.ndarray, seed:
   return max((fit(x, y, penalty, part, validation), penalty) for penalty in config.penalties)
 
 
+def division(
+  config: Config, embedded: dict[str, dict[str, np.ndarray]], y: np.ndarray, seed: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, list[str]]]:
+  """Accuracy on each fold of every family's pick and of every candidate, and which were picked."""
+  accuracy: dict[str, list[float]] = {family: [] for family in (*FAMILIES, "largest class")}
+  each: dict[str, list[float]] = {f"{family}: {name}": [] for family in embedded for name in embedded[family]}
+  picks: dict[str, list[str]] = {family: [] for family in embedded}
+  for learn, test in StratifiedKFold(config.folds, shuffle=True, random_state=seed).split(y, y):
+    for family, xs in embedded.items():
+      found = {name: tuned(config, x, y, learn, seed) for name, x in xs.items()}
+      for name, (_, penalty) in found.items():
+        each[f"{family}: {name}"].append(fit(xs[name], y, penalty, learn, test))
+      picks[family].append(max(found, key=lambda name: found[name]))
+      accuracy[family].append(each[f"{family}: {picks[family][-1]}"][-1])
+    half = config.dim // 2
+    both = np.concatenate([embedded[f][picks[f][-1]][:, :half] for f in ("walks", "orbits")], axis=1)
+    both = both / (both.std() or 1)
+    accuracy["walks and orbit"].append(fit(both, y, tuned(config, both, y, learn, seed)[1], learn, test))
+    accuracy["largest class"].append(float(np.mean(y[test] == np.bincount(y[learn]).argmax())))
+  return accuracy, each, picks
+
+
 def compare(config: Config, folder: pathlib.Path) -> tuple[dict[str, Any], str]:
-  """Metrics, one value for each division, and claim; draws them."""
+  """Metrics, one value for each division, and claim; draws them. Divisions that were finished before are read."""
   graph, labels = load(config)
   counted = np.flatnonzero((labels >= 0) & (np.bincount(labels + 1)[labels + 1] >= 10))
   y = labels[counted]
@@ -126,37 +148,23 @@ def compare(config: Config, folder: pathlib.Path) -> tuple[dict[str, Any], str]:
     for family, each in candidates(config, graph).items()
   }
   rich.print(f"{graph.shape[0]} nodes, {graph.nnz // 2} edges, {len(y)} nodes of {len(np.unique(y))} classes counted")
-  accuracy: dict[str, np.ndarray] = {f: np.zeros((config.seeds, config.folds)) for f in (*FAMILIES, "largest class")}
-  each: dict[tuple[str, str], np.ndarray] = {
-    (f, name): np.zeros((config.seeds, config.folds)) for f in embedded for name in embedded[f]
-  }
-  picks: dict[str, list[str]] = {family: [] for family in embedded}
+  made, record = [], settings(dataclasses.asdict(config))
   for seed in range(config.seeds):
-    folds = StratifiedKFold(config.folds, shuffle=True, random_state=seed).split(y, y)
-    for k, (learn, test) in enumerate(folds):
-      chosen = {}
-      for family, xs in embedded.items():
-        found = {name: tuned(config, x, y, learn, seed) for name, x in xs.items()}
-        for name, (_, penalty) in found.items():
-          each[family, name][seed, k] = fit(xs[name], y, penalty, learn, test)
-        chosen[family] = max(found, key=lambda name: found[name])
-        picks[family].append(chosen[family])
-        accuracy[family][seed, k] = each[family, chosen[family]][seed, k]
-      half = config.dim // 2
-      both = np.concatenate([embedded[f][chosen[f]][:, :half] for f in ("walks", "orbits")], axis=1)
-      both = both / (both.std() or 1)
-      accuracy["walks and orbit"][seed, k] = fit(both, y, tuned(config, both, y, learn, seed)[1], learn, test)
-      accuracy["largest class"][seed, k] = np.mean(y[test] == np.bincount(y[learn]).argmax())
-    rich.print(f"seed {seed}: " + ", ".join(f"{f} {a[seed].mean():.4f}" for f, a in accuracy.items()))
-  metrics: dict[str, Any] = {f"accuracy, {family}": list(a.mean(axis=1)) for family, a in accuracy.items()}
-  metrics |= {f"accuracy, {family}: {name}": list(a.mean(axis=1)) for (family, name), a in each.items()}
-  draw(config, {f: a.mean(axis=1) for f, a in accuracy.items()}, {k: a.mean(axis=1) for k, a in each.items()}, folder)
-  gain = (accuracy["orbits"] - accuracy["walks"]).mean(axis=1)
+    path = folder / f"division{seed}.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    if kept.get("config") != record:
+      kept = {"config": record, "found": division(config, embedded, y, seed)}
+      path.write_text(json.dumps(kept))
+    made.append(kept["found"])
+    rich.print(f"seed {seed}: " + ", ".join(f"{f} {np.mean(a):.4f}" for f, a in made[-1][0].items()))
+  accuracy, each = ({name: np.mean([m[k][name] for m in made], axis=1) for name in made[0][k]} for k in (0, 1))
+  picked = {family: [name for m in made for name in m[2][family]] for family in embedded}
+  often = {family: max(set(names), key=names.count) for family, names in picked.items()}
+  best = {f: max((a.mean(), name) for name, a in each.items() if name.startswith(f)) for f in ("walks", "orbits")}
+  gain = accuracy["orbits"] - accuracy["walks"]
+  metrics: dict[str, Any] = {f"accuracy, {name}": list(a) for name, a in (accuracy | each).items()}
   metrics["accuracy, orbits minus walks"] = list(gain)
-  often = {family: max(set(names), key=names.count) for family, names in picks.items()}
-  best = {
-    family: max((a.mean(), name) for (f, name), a in each.items() if f == family) for family in ("walks", "orbits")
-  }
+  draw(config, accuracy, each, folder)
   claim = (
     f"Orbits {accuracy['orbits'].mean():.3f} (picked most often: {often['orbits']}), walks "
     f"{accuracy['walks'].mean():.3f} ({often['walks']}), graphlets {accuracy['graphlets'].mean():.3f}, walks and orbit "
@@ -167,14 +175,13 @@ def compare(config: Config, folder: pathlib.Path) -> tuple[dict[str, Any], str]:
   return metrics, claim
 
 
-def draw(
-  config: Config, families: dict[str, np.ndarray], each: dict[tuple[str, str], np.ndarray], folder: pathlib.Path
-) -> None:
+def draw(config: Config, families: dict[str, np.ndarray], each: dict[str, np.ndarray], folder: pathlib.Path) -> None:
   """Every candidate's accuracy, and each family's as a line."""
   figure, ((axes,),) = train.figures.subplots(1, 1, width=11, height=3.8)
   colors = dict(zip(("walks", "orbits", "graphlets"), train.figures.COLORS, strict=False))
   hidden = {name_of(pair) for pair in go.INVISIBLE_TO_PATHS}
-  for i, ((family, name), a) in enumerate(each.items()):
+  for i, (candidate, a) in enumerate(each.items()):
+    family, name = candidate.split(": ")
     seen = family == "orbits" and name not in hidden
     axes.bar(
       i, a.mean(), yerr=a.std(ddof=1) if len(a) > 1 else None, color=colors[family], alpha=1.0 if seen else 0.6,
@@ -185,7 +192,7 @@ def draw(
   axes.bar(0, 0, color=colors["orbits"], hatch="//", edgecolor="white", label="ends of a path over the whole graphlet")
   axes.axhline(families["largest class"].mean(), color="gray", linestyle=":", label="largest class")
   axes.set(xticks=range(len(each)), ylabel="accuracy", title=f"{config.dataset}, {config.dim} columns")
-  axes.set_xticklabels([name for _, name in each], rotation=75)
+  axes.set_xticklabels([candidate.split(": ")[1] for candidate in each], rotation=75)
   axes.grid(axis="x", visible=False)
   axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8)
   train.figures.save(figure, folder / "figure.png")
