@@ -1,0 +1,549 @@
+"""SegMAN: a pyramid whose mixer chains neighbourhood attention and a four-way scan, and a decoder of one scan block.
+
+    Mixer:   [q, k, v] = x W;  y = NA(rope(q), rope(k), v)
+             stages 1-3: out = y + LN(SS2D(SiLU(BN(DWConv(y)))));   stage 4: out = softmax(rope(q) rope(k)^T + bias) y
+             (out + DWConv(v)) W_proj
+    Block:   x += DWConv(x);  x += Mixer(LN(x));  x += DWConv(x);  x += FFN(LN(x))
+    MMSCopE: maps of strides 8, 16, 32 fused to f at stride 8;  M = block([f, f/2, f/4], all unshuffled to stride 32);
+             logits from [f, mean(f), M, and each of the three maps + M]
+
+Fu, Lou and Yu, "SegMAN: Omni-scale Context Modeling with State Space Models and Local Attention for Semantic
+Segmentation", CVPR 2025, arXiv:2412.11890. Paper's terms: LASS is `Mixer`, NA is `nn.neighborhood_attention`, SS2D is
+`nn.scan_2d` with one state a channel, MMSCopE is `Decoder`.
+
+Differs from the official code: maps stay [B, H, W, C]; its `fused_na` path, which drops the bias, does not exist here;
+running variances are biased (flax). Drop path of variant L is not published; ours is that of B.
+"""
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxlab import interop
+from jaxlab.nn.attention import multi_head_attention
+from jaxlab.nn.conv import DepthwiseConv, StridedConv
+from jaxlab.nn.drop_path import DropPath, linear_rates
+from jaxlab.nn.neighborhood_attention import neighborhood_attention
+from jaxlab.nn.resize import resize
+from jaxlab.nn.rotary import rotary_2d
+from jaxlab.nn.scan_2d import SelectiveScan2D
+
+_init = nn.initializers.truncated_normal(0.02)
+
+
+class Mixer(nn.Module):
+  """Local attention, then a scan of what it found, or attention to it from everywhere.
+
+  Attributes:
+    num_heads: heads; the channels of each are a multiple of 4.
+    window: side of the neighbourhood, odd.
+    global_tokens: None for the scan; for attention from everywhere the number of pixels that its bias is made for,
+      which is resized to the pixels at hand.
+    dtype: compute dtype; softmax and scan run in float32.
+    param_dtype: parameter dtype.
+    axis_name: pmap axis over which batch statistics are averaged.
+  """
+
+  num_heads: int
+  window: int
+  global_tokens: int | None = None
+  dtype: jax.typing.DTypeLike = "float32"
+  param_dtype: jax.typing.DTypeLike = "float32"
+  axis_name: str | None = None
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"], *, train: bool = False) -> Float[Array, "b h w c"]:
+    """Args: x, maps with sides of at least `window`. Returns maps of the same shape."""
+    options = _precision(self)
+    batch, height, width, channels = x.shape
+    heads, side = self.num_heads, 2 * self.window - 1
+    dense: Any = functools.partial(nn.Dense, kernel_init=_init, **options)
+    local: Any = functools.partial(DepthwiseConv, kernel_init=_init, **options)
+
+    q, k, v = jnp.split(dense(3 * channels, name="qkv")(x), 3, -1)
+    position = local(5, name="lepe")(v)
+    q, k = (rotary_2d(a, num_heads=heads) for a in (q, k))
+    bias = self.param("local_bias", nn.initializers.zeros, (heads, side, side), self.param_dtype)
+    y = neighborhood_attention(q, k, v, window=self.window, num_heads=heads, bias=bias)
+    if self.global_tokens is None:
+      norm = nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, axis_name=self.axis_name, name="conv_norm", **options)
+      s = SelectiveScan2D(state_size=1, name="scan", **options)(nn.silu(norm(local(3, name="conv")(y))))
+      out = y + nn.LayerNorm(1e-6, name="norm", **options)(s)
+    else:
+      tokens, count = height * width, self.global_tokens
+      bias = self.param("global_bias", nn.initializers.zeros, (heads, count, count), self.param_dtype)
+      bias = resize(bias[..., None], (tokens, tokens), "cubic")[None, ..., 0]
+      flat = (a.reshape(batch, tokens, channels) for a in (q, k, y))
+      out = multi_head_attention(*flat, num_heads=heads, bias=bias.astype(y.dtype)).reshape(x.shape)
+    return dense(channels, name="proj")(out + position)
+
+
+class Mlp(nn.Module):
+  """Two dense layers; between them u + DWConv(u) of u = GELU(first).
+
+  Attributes:
+    hidden: width between the layers.
+    dtype: compute dtype.
+    param_dtype: parameter dtype.
+  """
+
+  hidden: int
+  dtype: jax.typing.DTypeLike = "float32"
+  param_dtype: jax.typing.DTypeLike = "float32"
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """Args: x, maps. Returns maps of the same shape."""
+    options = _precision(self)
+    u = nn.gelu(nn.Dense(self.hidden, kernel_init=_init, name="fc1", **options)(x), approximate=False)
+    u = u + DepthwiseConv(3, kernel_init=_init, name="conv", **options)(u)
+    return nn.Dense(x.shape[-1], kernel_init=_init, name="fc2", **options)(u)
+
+
+class Block(nn.Module):
+  """A mixer and an MLP, each behind a depthwise convolution that tells positions apart.
+
+  Attributes:
+    mixer: makes the mixer; None for the scan alone, as in the decoder.
+    hidden: width of the MLP.
+    drop_path: rate of both branches.
+    layer_scale: initial value of learned scales (and biases from 0) of the branches; None for none.
+    dtype: compute dtype.
+    param_dtype: parameter dtype.
+  """
+
+  mixer: functools.partial[Mixer] | None
+  hidden: int
+  drop_path: float = 0.0
+  layer_scale: float | None = None
+  dtype: jax.typing.DTypeLike = "float32"
+  param_dtype: jax.typing.DTypeLike = "float32"
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
+    """Args: x, maps. `train` is positional for `nn.remat`. Returns maps of the same shape."""
+    options = _precision(self)
+    local: Any = functools.partial(DepthwiseConv, 3, kernel_init=_init, **options)
+    norm = functools.partial(nn.LayerNorm, 1e-6, **options)
+
+    def add(branch: Array, number: int) -> Array:
+      if self.layer_scale is not None:
+        start = nn.initializers.constant(self.layer_scale)
+        scale = self.param(f"scale{number}", start, x.shape[-1:], self.param_dtype).astype(self.dtype)
+        shift = self.param(f"shift{number}", nn.initializers.zeros, x.shape[-1:], self.param_dtype).astype(self.dtype)
+        branch = branch * scale + shift
+      return x + DropPath(self.drop_path)(branch, train=train)
+
+    x = x + local(name="position1")(x)
+    y = norm(name="norm1")(x)
+    if self.mixer is None:
+      x = add(SelectiveScan2D(state_size=1, name="mixer", **options)(y), 1)
+    else:
+      x = add(self.mixer(name="mixer")(y, train=train), 1)
+    x = x + local(name="position2")(x)
+    return add(Mlp(self.hidden, name="mlp", **options)(norm(name="norm2")(x)), 2)
+
+
+class Encoder(nn.Module):
+  """The pyramid: class logits, or maps at strides 4, 8, 16 and 32.
+
+  Attributes:
+    num_classes: outputs of the classifier; 0 for none, and maps.
+    in_channels: channels of the images.
+    widths: channels of each stage, divisible by its heads into multiples of 4.
+    depths: blocks of each stage.
+    heads: of each stage.
+    windows: of each stage, odd.
+    mlp_ratios: hidden width of the MLP of each stage, in units of its channels.
+    global_tokens: pixels of the last stage that its global bias is made for: 49 at 224 x 224.
+    drop_path: rate of the last block, in [0, 1); rates grow linearly from 0. Training needs a "dropout" key if not 0.
+    layer_scale: initial value of the scales of the branches; None for no scales.
+    remat: recompute each block in the backward pass, for memory.
+    dtype: compute dtype. Norms, softmax and scans accumulate in float32.
+    param_dtype: parameter dtype.
+    axis_name: pmap axis over which batch statistics are averaged.
+  """
+
+  num_classes: int = 1000
+  in_channels: int = 3
+  widths: Sequence[int] = (32, 64, 144, 192)
+  depths: Sequence[int] = (2, 2, 4, 2)
+  heads: Sequence[int] = (1, 2, 4, 8)
+  windows: Sequence[int] = (11, 9, 9, 7)
+  mlp_ratios: Sequence[float] = (4, 4, 3, 3)
+  global_tokens: int = 49
+  drop_path: float = 0.0
+  layer_scale: float | None = None
+  remat: bool = False
+  dtype: jax.typing.DTypeLike = "float32"
+  param_dtype: jax.typing.DTypeLike = "float32"
+  axis_name: str | None = None
+
+  @nn.compact
+  def __call__(
+    self, images: Float[Array, "b h w c"], *, train: bool = False
+  ) -> Float[Array, "b k"] | tuple[Float[Array, "b i j d"], ...]:
+    """Classifies images, or makes maps of them if `num_classes` is 0.
+
+    Args:
+      images: floats, normalised by the caller. The map of each stage must be as large as its window.
+      train: use batch statistics (mutable collection "batch_stats") and drop paths.
+
+    Returns:
+      Logits [B, num_classes], or a tuple of maps [B, h, w, width]; in `dtype`.
+
+    Raises:
+      ValueError: images of wrong rank, dtype, channels or size; attributes that contradict each other.
+    """
+    self._check(images)
+    options = _precision(self)
+    norm: Any = functools.partial(
+      nn.BatchNorm, not train, momentum=0.9, epsilon=1e-5, axis_name=self.axis_name, **options
+    )  # fmt: skip
+    down: Any = functools.partial(
+      StridedConv, kernel_size=3, stride=2, padding=1, use_bias=False, kernel_init=_init, **options
+    )  # fmt: skip
+    same: Any = functools.partial(nn.Conv, kernel_size=(3, 3), use_bias=False, kernel_init=_init, **options)
+    gelu = functools.partial(nn.gelu, approximate=False)
+    block: Any = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
+
+    x, half = images.astype(self.dtype), self.widths[0] // 2
+    x = gelu(norm(name="stem_norm1")(down(half, name="stem_conv1")(x)))
+    x = gelu(norm(name="stem_norm2")(same(half, name="stem_conv2")(x)))
+    x = gelu(norm(name="stem_norm3")(down(self.widths[0], name="stem_conv3")(x)))
+    x = norm(name="stem_norm4")(same(self.widths[0], name="stem_conv4")(x))
+    maps = []
+    for i, rates in enumerate(linear_rates(self.drop_path, self.depths)):
+      width, last = self.widths[i], i == len(self.widths) - 1
+      if i:
+        x = norm(name=f"stage{i + 1}_norm")(down(width, name=f"stage{i + 1}_conv")(x))
+      mixer = functools.partial(
+        Mixer, self.heads[i], self.windows[i], self.global_tokens if last else None, axis_name=self.axis_name, **options
+      )
+      for j, rate in enumerate(rates):
+        hidden = int(self.mlp_ratios[i] * width)
+        x = block(mixer, hidden, rate, self.layer_scale, name=f"stage{i + 1}_block{j}", **options)(x, train)
+      maps.append(x)
+    if not self.num_classes:
+      return tuple(maps)
+    x = nn.silu(norm(name="head_norm")(nn.Dense(1024, kernel_init=_init, name="head_proj", **options)(x)))
+    return nn.Dense(self.num_classes, kernel_init=_init, name="head", **options)(x.mean((1, 2)))
+
+  def _check(self, images: Array) -> None:
+    _check_images(images, self.in_channels)
+    for name in ("depths", "heads", "windows", "mlp_ratios"):
+      if len(getattr(self, name)) != len(self.widths):
+        raise ValueError(f"{name}: got {getattr(self, name)}, expected one a stage, {len(self.widths)}")
+    for width, heads in zip(self.widths, self.heads, strict=True):
+      if heads < 1 or width % (4 * heads):
+        raise ValueError(f"widths: got {width}, expected a multiple of 4 channels for each of {heads} heads")
+    if min(self.depths) < 1:
+      raise ValueError(f"depths: got {self.depths}, expected at least one block a stage")
+    for i, window in enumerate(self.windows):
+      least = window * 2 ** (i + 2) - 2 ** (i + 2) + 1  # sides are halved rounding up
+      if min(images.shape[1:3]) < least:
+        raise ValueError(
+          f"images: got {images.shape[1]}x{images.shape[2]} pixels, expected at least {least}x{least} for window"
+          f" {window} of stage {i + 1}"
+        )
+    if self.num_classes < 0:
+      raise ValueError(f"num_classes: got {self.num_classes}, expected at least 0")
+    if not 0 <= self.drop_path < 1:
+      raise ValueError(f"drop_path: got {self.drop_path}, expected a probability in [0, 1)")
+
+
+class Decoder(nn.Module):
+  """Maps of strides 8, 16 and 32 to logits at stride 8, see the module.
+
+  Attributes:
+    num_classes: K.
+    width: E.
+    map_width: P, of each projected map.
+    dropout: rate of whole channels before the logits.
+    dtype: compute dtype.
+    param_dtype: parameter dtype.
+    axis_name: pmap axis over which batch statistics are averaged.
+  """
+
+  num_classes: int
+  width: int = 128
+  map_width: int = 192
+  dropout: float = 0.1
+  dtype: jax.typing.DTypeLike = "float32"
+  param_dtype: jax.typing.DTypeLike = "float32"
+  axis_name: str | None = None
+
+  @nn.compact
+  def __call__(self, maps: Sequence[Float[Array, "b _ _ _"]], *, train: bool = False) -> Float[Array, "b h w k"]:
+    """Segments.
+
+    Args:
+      maps: of strides 8, 16 and 32; the sides of the first are multiples of 4.
+      train: use batch statistics, and dropout, which needs a "dropout" key.
+
+    Returns:
+      Logits [B, H, W, K] of the first map's sides.
+
+    Raises:
+      ValueError: maps that do not fit.
+    """
+    if len(maps) != 3 or maps[0].shape[1] % 4 or maps[0].shape[2] % 4:
+      raise ValueError(f"maps: got {[m.shape for m in maps]}, expected three, sides of the first multiples of 4")
+    options = _precision(self)
+
+    def relu_norm(y: Array, name: str) -> Array:
+      norm = nn.BatchNorm(
+        not train, momentum=0.9, epsilon=1e-5, axis_name=self.axis_name, name=f"{name}_norm", **options
+      )  # fmt: skip
+      return nn.relu(norm(y))
+
+    def point(y: Array, features: int, name: str) -> Array:
+      return relu_norm(nn.Dense(features, use_bias=False, kernel_init=_init, name=name, **options)(y), name)
+
+    def strided(y: Array, features: int, size: int, stride: int, name: str) -> Array:
+      conv = StridedConv(features, size, stride, 1, use_bias=False, kernel_init=_init, name=name, **options)
+      return relu_norm(conv(y), name)
+
+    e, sides = self.width, maps[0].shape[1:3]
+    dense: Any = functools.partial(nn.Dense, kernel_init=_init, **options)
+    c = [resize(dense(self.map_width, name=f"map{i + 2}")(m), sides) for i, m in enumerate(maps)]
+    f = point(jnp.concatenate(c[::-1], -1), e, "fuse")
+    pooled = point(f.mean((1, 2), keepdims=True), e, "pool")
+    scales = [
+      point(pixel_unshuffle(f, 4), e, "reduce1"),
+      point(pixel_unshuffle(strided(f, 2 * e, 3, 2, "half"), 2), e, "reduce2"),
+      point(strided(f, 4 * e, 5, 4, "quarter"), e, "reduce4"),
+    ]
+    m = Block(None, 12 * e, name="block", **options)(jnp.concatenate(scales, -1), train)
+    m = resize(m, sides)
+    shared = point(m, self.map_width, "spread")
+    parts = [point(f, e, "short"), jnp.broadcast_to(pooled, f.shape), m, *(each + shared for each in c)]
+    y = point(jnp.concatenate(parts, -1), e, "join")
+    y = nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=not train)(y)
+    return dense(self.num_classes, name="head")(y)
+
+
+class SegMAN(nn.Module):
+  """Images to a class for each pixel.
+
+  Attributes:
+    encoder: without classifier.
+    decoder: its number of classes is that of the model.
+  """
+
+  encoder: Encoder
+  decoder: Decoder
+
+  @nn.compact
+  def __call__(
+    self, images: Float[Array, "b h w c"], *, train: bool = False, full_size: bool = True
+  ) -> Float[Array, "b i j k"]:
+    """Segments images.
+
+    Args:
+      images: floats, normalised by the caller; sides are multiples of 32.
+      train: use batch statistics (mutable collection "batch_stats"), drop paths and dropout.
+      full_size: resize the logits from stride 8 to the images' sides, bilinearly.
+
+    Returns:
+      Logits [B, H, W, K].
+
+    Raises:
+      ValueError: images of wrong rank, dtype, channels or size; an encoder with a classifier.
+    """
+    if self.encoder.num_classes:
+      raise ValueError(f"encoder: got one with {self.encoder.num_classes} classes, expected num_classes 0")
+    _check_images(images, self.encoder.in_channels)
+    if images.shape[1] % 32 or images.shape[2] % 32:
+      raise ValueError(f"images: got {images.shape[1]}x{images.shape[2]} pixels, expected multiples of 32")
+    maps: Any = self.encoder(images, train=train)
+    logits = self.decoder(maps[1:], train=train)
+    return resize(logits, images.shape[1:3]) if full_size else logits
+
+
+def pixel_unshuffle(x: Float[Array, "b h w c"], side: int) -> Float[Array, "b i j d"]:
+  """Squares of pixels as channels; channel (c, y, x) is c * side^2 + y * side + x, as PyTorch counts.
+
+  Raises:
+    ValueError: sides that `side` does not divide.
+  """
+  batch, height, width, channels = x.shape
+  if height % side or width % side:
+    raise ValueError(f"x: got {height}x{width} pixels, expected multiples of {side}")
+  x = x.reshape(batch, height // side, side, width // side, side, channels)
+  return x.transpose(0, 1, 3, 5, 2, 4).reshape(batch, height // side, width // side, -1)
+
+
+def _check_images(images: Array, channels: int) -> None:
+  if images.ndim != 4:
+    raise ValueError(f"images: got shape {images.shape}, expected [batch, height, width, channels]")
+  if not jnp.issubdtype(images.dtype, jnp.floating):
+    raise ValueError(f"images: got dtype {images.dtype}, expected floats, already normalised")
+  if images.shape[-1] != channels:
+    raise ValueError(f"images: got {images.shape[-1]} channels, expected in_channels, {channels}, last")
+
+
+def _precision(module: Any) -> dict[str, Any]:
+  return {"dtype": module.dtype, "param_dtype": module.param_dtype}
+
+
+# The published variants: encoder, width and map width of the decoder.
+_VARIANTS: dict[str, tuple[dict[str, Any], int, int]] = {
+  "T": ({}, 128, 192),
+  "S": (
+    {"widths": (64, 144, 288, 512), "depths": (2, 2, 10, 4), "heads": (2, 4, 8, 16), "windows": (11, 9, 7, 7)}
+    | {"mlp_ratios": (4, 4, 3.4, 3.4), "drop_path": 0.15},
+    144,
+    288,
+  ),
+  "B": (
+    {"widths": (96, 160, 364, 560), "depths": (4, 4, 18, 4), "heads": (4, 8, 13, 20), "windows": (11, 9, 7, 7)}
+    | {"mlp_ratios": (4, 4, 3, 3), "drop_path": 0.3, "layer_scale": 1e-6},
+    180,
+    320,
+  ),
+  "L": (
+    {"widths": (96, 192, 432, 640), "depths": (4, 4, 28, 4), "heads": (4, 8, 12, 20), "windows": (11, 9, 7, 7)}
+    | {"mlp_ratios": (4, 4, 3, 3), "drop_path": 0.3, "layer_scale": 1e-6},
+    224,
+    432,
+  ),
+}
+
+
+def _variant(letter: str) -> tuple[dict[str, Any], int, int]:
+  if letter not in _VARIANTS:
+    raise ValueError(f"variant: got {letter!r}, expected one of {sorted(_VARIANTS)}")
+  return _VARIANTS[letter]
+
+
+def encoder(variant: str = "T", num_classes: int = 1000, **overrides: Any) -> Encoder:
+  """Classifier T, S, B or L: 3,506,014, 25,507,582, 45,020,682 or 80,985,272 parameters for 1000 classes."""
+  return Encoder(**{"num_classes": num_classes, **_variant(variant)[0], **overrides})
+
+
+def segmenter(variant: str = "T", num_classes: int = 150, **overrides: Any) -> SegMAN:
+  """SegMAN-T, S, B or L: 6,397,260, 29,424,636, 51,802,820 or 92,335,734 parameters for 150 classes.
+
+  Args:
+    variant: letter.
+    num_classes: K.
+    **overrides: fields of the encoder; precision and `axis_name` also of the decoder.
+  """
+  _, width, map_width = _variant(variant)
+  both = {name: overrides[name] for name in ("dtype", "param_dtype", "axis_name") if name in overrides}
+  return SegMAN(encoder(variant, 0, **overrides), Decoder(num_classes, width, map_width, **both))
+
+
+def encoder_from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+  """Official weights of an encoder, with or without classifier, as flax variables of `Encoder`.
+
+  Args:
+    state_dict: official names -> NumPy arrays or tensors.
+
+  Returns:
+    {"params", "batch_stats"}.
+
+  Raises:
+    ValueError: names missing, left over or misshaped, all in one message.
+  """
+  depths = [0] * 4
+  for name in state_dict:
+    match = re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", name)
+    if match and int(match[1]) in (0, 2, 4, 6):
+      depths[int(match[1]) // 2] = max(depths[int(match[1]) // 2], int(match[2]) + 1)
+  table: dict[str, interop.Rule] = {}
+  for n, place in enumerate((0, 3, 6, 9), start=1):
+    table[f"stem_conv{n}"] = interop.conv(f"patch_embed.{place}", bias=False)
+    table[f"stem_norm{n}"] = interop.batch_norm(f"patch_embed.{place + 1}")
+  for i, depth in enumerate(depths):
+    if i:
+      table[f"stage{i + 1}_conv"] = interop.conv(f"layers.{2 * i - 1}.0", bias=False)
+      table[f"stage{i + 1}_norm"] = interop.batch_norm(f"layers.{2 * i - 1}.1")
+    for j in range(depth):
+      name, path = f"layers.{2 * i}.blocks.{j}", f"stage{i + 1}_block{j}"
+      table |= {f"{path}/{key}": rule for key, rule in _block_table(name).items()}
+      mixer = f"{name}.token_mixer"
+      table |= {
+        f"{path}/mixer/qkv": interop.dense(f"{mixer}.qkv", spatial=2),
+        f"{path}/mixer/lepe": interop.conv(f"{mixer}.lepe"),
+        f"{path}/mixer/proj": interop.dense(f"{mixer}.proj", spatial=2),
+        f"{path}/mixer/local_bias": interop.raw(f"{mixer}.rpb.0"),
+      }
+      if i == len(depths) - 1:
+        table[f"{path}/mixer/global_bias"] = interop.raw(f"{mixer}.rpb.1")
+      else:
+        table |= {
+          f"{path}/mixer/conv": interop.conv(f"{mixer}.dwconv.0"),
+          f"{path}/mixer/conv_norm": interop.batch_norm(f"{mixer}.dwconv.1"),
+          f"{path}/mixer/norm": interop.norm(f"{mixer}.norm"),
+          **{f"{path}/mixer/scan/{key}": rule for key, rule in _scan_table(f"{mixer}.ssm").items()},
+        }
+      for n in (1, 2):
+        if f"{name}.layer_scale{n}.weight" in state_dict:
+          table[f"{path}/scale{n}"] = interop.raw(
+            f"{name}.layer_scale{n}.weight", lambda w: w.reshape(-1), lambda s: s.reshape(-1, 1, 1, 1)
+          )
+          table[f"{path}/shift{n}"] = interop.raw(f"{name}.layer_scale{n}.bias")
+  if "classifier.0.weight" in state_dict:
+    table |= {
+      "head_proj": interop.dense("classifier.0", spatial=2),
+      "head_norm": interop.batch_norm("classifier.1"),
+      "head": interop.dense("classifier.4", spatial=2),
+    }
+  return interop.variables(
+    state_dict, {f"params/{path}": rule for path, rule in table.items()}, ignore=["*.rope.angle"]
+  )
+
+
+def decoder_from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+  """Official weights of the decoder as flax variables of `Decoder`; arguments, result and errors as the encoder's."""
+  block = _block_table("vssm") | {f"mixer/{k}": rule for k, rule in _scan_table("vssm.token_mixer").items()}
+  table: dict[str, interop.Rule] = {
+    **{f"map{i}": interop.dense(f"linear_c{i}.proj") for i in (2, 3, 4)},
+    **{f"block/{path}": rule for path, rule in block.items()},
+    "head": interop.dense("conv_seg", spatial=2),
+  }
+  convs = {
+    "fuse": "linear_fuse", "pool": "image_pool.1", "half": "conv_downsample_2", "quarter": "conv_downsample_4",
+    "reduce4": "reduce_channels.0", "reduce2": "reduce_channels.1", "reduce1": "reduce_channels.2",
+    "short": "short_path", "spread": "proj_out", "join": "cat",
+  }  # fmt: skip
+  for path, name in convs.items():
+    square = path in ("half", "quarter")
+    rule = interop.conv(f"{name}.conv", bias=False) if square else interop.dense(f"{name}.conv", False, spatial=2)
+    table |= {path: rule, f"{path}_norm": interop.batch_norm(f"{name}.bn")}
+  return interop.variables(state_dict, {f"params/{path}": rule for path, rule in table.items()})
+
+
+def _block_table(name: str) -> dict[str, interop.Rule]:
+  return {
+    "position1": interop.conv(f"{name}.cpe1"),
+    "position2": interop.conv(f"{name}.cpe2"),
+    "norm1": interop.norm(f"{name}.norm1"),
+    "norm2": interop.norm(f"{name}.norm2"),
+    "mlp/fc1": interop.dense(f"{name}.mlp.fc1", spatial=2),
+    "mlp/conv": interop.conv(f"{name}.mlp.dwconv"),
+    "mlp/fc2": interop.dense(f"{name}.mlp.fc2", spatial=2),
+  }
+
+
+def _scan_table(name: str) -> dict[str, interop.Rule]:
+  """Of four orders; their projections are the rows of one 1x1 convolution."""
+  return {
+    "x_proj": interop.raw(
+      f"{name}.x_proj_weight",
+      lambda w: w.reshape(4, -1, w.shape[1]).swapaxes(1, 2),
+      lambda k: k.swapaxes(1, 2).reshape(-1, k.shape[1], 1),
+    ),
+    "dt_proj": interop.raw(f"{name}.dt_projs_weight", lambda w: w.swapaxes(1, 2), lambda k: k.swapaxes(1, 2)),
+    "dt_bias": interop.raw(f"{name}.dt_projs_bias"),
+    "A_log": interop.raw(f"{name}.A_logs", lambda a: a.reshape(4, -1, a.shape[1]), lambda a: a.reshape(-1, a.shape[2])),
+    "D": interop.raw(f"{name}.Ds", lambda d: d.reshape(4, -1), lambda d: d.reshape(-1)),
+  }
