@@ -1,0 +1,100 @@
+"""Forward bounds, slopes and norm bounds of a small network with a convolution, as its weights and its box move."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from contract_case import Case
+
+from jaxlab.analysis import local_lipschitz as ll
+
+SHAPE = (4, 4, 1)
+
+
+def network(dtype="float32"):
+  rng = np.random.default_rng(1)
+  make = lambda *shape: jnp.asarray(rng.standard_normal(shape) / np.prod(shape[:-1]) ** 0.5, dtype)
+  return (
+    ll.Conv(make(3, 3, 1, 2), make(2), (1, 1), "VALID"),
+    ll.Dense(make(8, 5), make(5)),
+    ll.Dense(make(5, 3), make(3)),
+  )
+
+
+def inputs(seed):
+  x = np.random.default_rng(seed).uniform(0.2, 0.8, SHAPE).astype("float32")
+  return jax.tree.map(np.asarray, ll.box(x, 0.3))
+
+
+def function(net, box):
+  found = ll.forward(net, box)
+  return found[-1], ll.jacobian(net, found), ll.lipschitz(net, found)
+
+
+def narrow(net, box):
+  return function(*jax.tree.map(lambda a: a.astype("bfloat16"), (net, box)))
+
+
+def forward(net=None, box=None, **options):
+  return lambda: ll.forward(net or NET, box or BOX, **options)
+
+
+def bound(found=None, **options):
+  return lambda: ll.lipschitz(NET, found or FOUND, **options)
+
+
+def search(**options):
+  return lambda: ll.branch_and_bound(NET, FOUND, **options)
+
+
+def monotone(net=None, x=None, features=(0,), **options):
+  x = np.ones(8, "float32") if x is None else x
+  return lambda: ll.monotonicity(net or NET[1:], x, np.array(features), **options)
+
+
+def from_torch(**changes):
+  weights = {"0.weight": np.ones((2, 3), "float32"), "0.bias": np.ones(2, "float32")}
+  return lambda: ll.from_torch(**{"state_dict": weights, "names": ["0"], "input_shape": (3,)} | changes)
+
+
+NET, BOX = network(), inputs(0)
+FOUND = jax.jit(ll.forward)(NET, BOX)
+CASE = Case(
+  function=function,
+  params=NET,
+  inputs=inputs,
+  narrow=narrow,
+  bad={
+    "no layers": (lambda: ll.forward((), BOX), "network"),
+    "a layer of another kind": (forward(net=(NET[0], np.ones((8, 5)))), "network"),
+    "a bias of another layer": (forward(net=(NET[0], NET[1].replace(bias=np.ones(4)), NET[2])), "network"),
+    "a convolution at the end": (forward(net=NET[:1]), "network"),
+    "no chain": (forward(net=(NET[0], NET[2])), "network"),
+    "another input": (forward(box=ll.box(np.ones((4, 4, 2), "float32"), 0.1)), "network"),
+    "a box that is none": (forward(box=np.ones(SHAPE)), "box"),
+    "a box of integers": (forward(box=ll.Bounds(np.zeros(SHAPE, int), np.ones(SHAPE, int))), "box"),
+    "a box inside out": (forward(box=ll.Bounds(BOX.upper, BOX.lower)), "box"),
+    "unknown forward method": (forward(method="lp"), "method"),
+    "no chunk": (forward(chunk=0), "chunk"),
+    "negative radius": (lambda: ll.box(np.ones(3), -0.1), "radius"),
+    "clip the wrong way": (lambda: ll.box(np.ones(3), 0.1, (1, 0)), "clip"),
+    "negative steps": (lambda: ll.optimize(NET, BOX, steps=-1), "steps"),
+    "a rate that grows": (lambda: ll.optimize(NET, BOX, decay=1.1), "decay"),
+    "bounds of fewer layers": (bound(found=FOUND[:-1]), "forward"),
+    "bounds of other layers": (bound(found=(*FOUND[:2], FOUND[3], FOUND[3])), "forward"),
+    "unknown method": (bound(method="ibp"), "method"),
+    "rows of another network": (bound(rows=np.eye(4, dtype="float32")), "rows"),
+    "tangent of another input": (lambda: ll.jvp(NET, FOUND, np.ones(3, "float32")), "tangent"),
+    "unknown heuristic": (search(heuristic="random"), "heuristic"),
+    "no candidates": (search(candidates=0), "candidates"),
+    "no batch": (search(batch_size=0), "batch_size"),
+    "no cases": (search(max_cases=0), "max_cases"),
+    "negative timeout": (search(timeout=-1.0), "timeout"),
+    "features of an image": (monotone(x=np.ones((4, 2), "float32")), "x"),
+    "features out of range": (monotone(features=(8,)), "features"),
+    "features that are no indices": (monotone(features=(0.5,)), "features"),
+    "span the wrong way": (monotone(span=(1.0, 0.0)), "span"),
+    "unknown output": (monotone(output=3), "output"),
+    "weights that are missing": (from_torch(names=["1"]), "state_dict"),
+    "weights of another input": (from_torch(input_shape=(4,)), "network"),
+  },
+)
