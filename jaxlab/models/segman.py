@@ -45,6 +45,8 @@ class Mixer(nn.Module):
     window: side of the neighbourhood, odd.
     global_tokens: None for the scan; for attention from everywhere the number of pixels that its bias is made for,
       which is resized to the pixels at hand.
+    local: False leaves neighbourhood attention out, for ablations.
+    scan: False leaves the scan out, likewise.
     dtype: compute dtype; softmax and scan run in float32.
     param_dtype: parameter dtype.
     axis_name: pmap axis over which batch statistics are averaged.
@@ -53,6 +55,8 @@ class Mixer(nn.Module):
   num_heads: int
   window: int
   global_tokens: int | None = None
+  local: bool = True
+  scan: bool = True
   dtype: jax.typing.DTypeLike = "float32"
   param_dtype: jax.typing.DTypeLike = "float32"
   axis_name: str | None = None
@@ -69,9 +73,13 @@ class Mixer(nn.Module):
     q, k, v = jnp.split(dense(3 * channels, name="qkv")(x), 3, -1)
     position = local(5, name="lepe")(v)
     q, k = (rotary_2d(a, num_heads=heads) for a in (q, k))
-    bias = self.param("local_bias", nn.initializers.zeros, (heads, side, side), self.param_dtype)
-    y = neighborhood_attention(q, k, v, window=self.window, num_heads=heads, bias=bias)
-    if self.global_tokens is None:
+    y = v
+    if self.local:
+      bias = self.param("local_bias", nn.initializers.zeros, (heads, side, side), self.param_dtype)
+      y = neighborhood_attention(q, k, v, window=self.window, num_heads=heads, bias=bias)
+    if not self.scan and self.global_tokens is None:
+      out = y
+    elif self.global_tokens is None:
       norm = nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, axis_name=self.axis_name, name="conv_norm", **options)
       s = SelectiveScan2D(state_size=1, name="scan", **options)(nn.silu(norm(local(3, name="conv")(y))))
       out = y + nn.LayerNorm(1e-6, name="norm", **options)(s)
@@ -162,6 +170,8 @@ class Encoder(nn.Module):
     windows: of each stage, odd.
     mlp_ratios: hidden width of the MLP of each stage, in units of its channels.
     global_tokens: pixels of the last stage that its global bias is made for: 49 at 224 x 224.
+    local: False leaves neighbourhood attention out of every block, for ablations.
+    scan: False leaves the scan out of every block, likewise.
     drop_path: rate of the last block, in [0, 1); rates grow linearly from 0. Training needs a "dropout" key if not 0.
     layer_scale: initial value of the scales of the branches; None for no scales.
     remat: recompute each block in the backward pass, for memory.
@@ -178,6 +188,8 @@ class Encoder(nn.Module):
   windows: Sequence[int] = (11, 9, 9, 7)
   mlp_ratios: Sequence[float] = (4, 4, 3, 3)
   global_tokens: int = 49
+  local: bool = True
+  scan: bool = True
   drop_path: float = 0.0
   layer_scale: float | None = None
   remat: bool = False
@@ -224,8 +236,9 @@ class Encoder(nn.Module):
       if i:
         x = norm(name=f"stage{i + 1}_norm")(down(width, name=f"stage{i + 1}_conv")(x))
       mixer = functools.partial(
-        Mixer, self.heads[i], self.windows[i], self.global_tokens if last else None, axis_name=self.axis_name, **options
-      )
+        Mixer, self.heads[i], self.windows[i], self.global_tokens if last else None, self.local, self.scan,
+        axis_name=self.axis_name, **options,
+      )  # fmt: skip
       for j, rate in enumerate(rates):
         hidden = int(self.mlp_ratios[i] * width)
         x = block(mixer, hidden, rate, self.layer_scale, name=f"stage{i + 1}_block{j}", **options)(x, train)
