@@ -79,6 +79,7 @@ CASE = Case(
     "parts below their share": (options(slack=-0.1), "slack"),
     "growth backwards": (options(grow_steps=-1), "grow_steps"),
     "negative rounds": (options(refine_rounds=-1), "refine_rounds"),
+    "a share above one": (options(stall=1.5), "stall"),
     "unknown border": (options(border="none"), "border"),
     "unknown fusion": (options(fusion="mean"), "fusion"),
     "unknown last border": (options(last="none"), "last"),

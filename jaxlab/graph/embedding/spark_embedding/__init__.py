@@ -17,8 +17,8 @@ randomness is a hash of the seed with node ids, or a key made of the seed, level
 processors, a leaf's vectors may differ by rounding.) The driver sees only counts. Executors keep nodes and edges as
 Spark does, spilling to disk; a task holds one leaf.
 
-Names: k is `parts`, n_leaf `leaf_nodes`, d_min `min_dim`. Any `embedder(edges, num_nodes, dim, key)` can embed leaves;
-the default is `netmf`. Isolated nodes have vectors of zeros.
+Names: k is `parts`, n_leaf `leaf_nodes`, d_min `min_dim`. Any `embedder(edges, num_nodes, dim, key)` can embed leaves
+(`padded_operator` saves it compilations); the default is `netmf`. Isolated nodes have vectors of zeros.
 
 Known of the paper are the scheme, the dimension rule and the zero padding. Chosen here: seeds of the growth are random;
 a node joins the part that most of its neighbours have joined, unless that is full; label propagation then moves half of
@@ -31,7 +31,7 @@ border shares, since parts have no frame in common.
 """
 
 from jaxlab.graph.embedding.spark_embedding.distributed import Level, Result, embed, session
-from jaxlab.graph.embedding.spark_embedding.leaf import Embedder, netmf
+from jaxlab.graph.embedding.spark_embedding.leaf import Embedder, netmf, padded_operator
 from jaxlab.graph.embedding.spark_embedding.options import Options, leaf_seed, xxhash64
 from jaxlab.graph.embedding.spark_embedding.partition import partition
 from jaxlab.graph.embedding.spark_embedding.reference import LocalLevel, LocalResult, reference
@@ -46,6 +46,7 @@ __all__ = [
   "embed",
   "leaf_seed",
   "netmf",
+  "padded_operator",
   "partition",
   "reference",
   "session",

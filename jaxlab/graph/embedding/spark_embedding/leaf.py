@@ -24,6 +24,17 @@ def netmf(edges: Int[np.ndarray, "2 e"], num_nodes: int, dim: int, key: PRNGKeyA
     dim: columns.
     key: the randomness.
   """
+  z = _netmf(padded_operator(edges, num_nodes), key, dim=power_of_two(dim))
+  return np.asarray(z)[:num_nodes, :dim]
+
+
+def padded_operator(edges: Int[np.ndarray, "2 e"], num_nodes: int) -> sparse.Operator:
+  """Host. The symmetric adjacency, padded to powers of two nodes and entries: few programs for all leaves.
+
+  Args:
+    edges: [2, E], each undirected edge once, numbered from 0.
+    num_nodes: N; nodes from there on are padding.
+  """
   size, room = power_of_two(num_nodes), power_of_two(2 * edges.shape[1])
   senders, receivers = np.concatenate([edges, edges[::-1]], axis=1)
   order = np.lexsort((senders, receivers))
@@ -35,7 +46,7 @@ def netmf(edges: Int[np.ndarray, "2 e"], num_nodes: int, dim: int, key: PRNGKeyA
     nodes=np.zeros((size, 0)), edges=weights, senders=senders, receivers=receivers, globals=None,
     n_node=np.array([size]), n_edge=np.array([room]),
   )  # fmt: skip
-  return np.asarray(_netmf(sparse.operator(graph), key, dim=power_of_two(dim)))[:num_nodes, :dim]
+  return sparse.operator(graph)
 
 
 def power_of_two(n: int) -> int:

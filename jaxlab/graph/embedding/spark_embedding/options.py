@@ -35,6 +35,7 @@ class Options:
     slack: a part of a split holds up to (1 + slack) times its even share of nodes.
     grow_steps: supersteps of the growth, each one hop; what is not reached then goes to the smallest part.
     refine_rounds: rounds of label propagation after the growth, in each of which half of the nodes may move.
+    stall: growth and refinement end when a step moves no larger share of the nodes; 0 for graphs of large diameter.
     border: graph on the border nodes: "induced", or only edges between parts, "cross".
     fusion: "concat" levels, their dimensions in proportion to their nodes; or "sum" levels of full dimension, each
       part rotated (orthogonal Procrustes on its border nodes) to the frame of the border.
@@ -51,6 +52,7 @@ class Options:
   slack: float = 0.1
   grow_steps: int = 32
   refine_rounds: int = 5
+  stall: float = 0.01
   border: Border = "induced"
   fusion: Fusion = "concat"
   last: Last = "parts"
@@ -63,6 +65,7 @@ class Options:
     for name, least in (("grow_steps", 0), ("refine_rounds", 0), ("seed", 0)):
       checks.count(name, getattr(self, name), least, 2**31 - 1)
     checks.fraction("slack", self.slack, 0.0, 10.0)
+    checks.fraction("stall", self.stall)
     checks.choice("border", self.border, get_args(Border))
     checks.choice("fusion", self.fusion, get_args(Fusion))
     checks.choice("last", self.last, get_args(Last))
@@ -80,6 +83,10 @@ class Options:
       or not shrinks
     )
 
+  def is_slow(self, moved: int, nodes: int) -> bool:
+    """Whether a step of the partition moved so few nodes that it is not worth another."""
+    return moved <= self.stall * nodes
+
   def is_leaf(self, nodes: int) -> bool:
     """Whether a graph is small enough to be embedded as it is."""
     return nodes <= self.leaf_nodes or self.parts == 1
@@ -89,19 +96,14 @@ class Options:
     return self.is_leaf(nodes) or (self.last == "whole" and last and depth > 0)
 
 
-def few(moved: int, nodes: int) -> bool:
-  """Whether a step moved so few nodes that it is not worth another: at most one of 1,000."""
-  return 1000 * moved <= nodes
-
-
 def shrinks(nodes: int, border: int) -> bool:
   """Whether a border is worth a recursion of its own."""
   return border <= 0.95 * nodes
 
 
 def salt(*numbers: int) -> int:
-  """A 64-bit number, signed as Spark's are, from small ones: seed, purpose, level, round."""
-  return int(xxhash64(*(np.array([n]) for n in numbers))[0])
+  """A number of up to 18 decimal digits from small ones: seed, purpose, level, round, step."""
+  return int(xxhash64(*(np.array([n]) for n in numbers))[0]) % 10**18
 
 
 def leaf_seed(seed: int, level: int, part: int) -> int:

@@ -5,11 +5,12 @@ and of node ids, and equal votes are resolved by it, so that no result depends o
 """
 
 import contextlib
+import decimal
 
 from pyspark.sql import Column, DataFrame, Row, Window
 from pyspark.sql import functions as F
 
-from jaxlab.graph.embedding.spark_embedding.options import ADMISSION, LEFT, SEEDS, TIES, TURNS, Options, few, salt
+from jaxlab.graph.embedding.spark_embedding.options import ADMISSION, LEFT, SEEDS, TIES, TURNS, Options, salt
 
 
 def partition(arcs: DataFrame, nodes: DataFrame, options: Options, level: int = 0) -> DataFrame:
@@ -80,8 +81,10 @@ def _split(arcs: DataFrame, state: DataFrame, options: Options, level: int, roun
   """Labels (v, part) from a state (v, parent, children, cap): grow, place what is left, refine."""
 
   def hashed(purpose: int, step: int, *columns: str) -> Column:
-    draw = salt(options.seed, purpose, level, round_, step)
-    return F.xxhash64(F.lit(draw).cast("long"), *columns)
+    # Spark writes numbers into the code it generates, but not decimals, which have the hash of a long: with them all
+    # steps share their code, which is compiled once.
+    draw = decimal.Decimal(salt(options.seed, purpose, level, round_, step))
+    return F.xxhash64(F.lit(draw).cast("decimal(18,0)"), *columns)
 
   # Seeds. The inequality with a constant lets Spark keep few rows of each partition before it shuffles.
   seeds = state.filter("children > 1")
@@ -102,7 +105,7 @@ def _split(arcs: DataFrame, state: DataFrame, options: Options, level: int, roun
     votes = votes.withColumn("tie", hashed(TIES, step, "v", "part"))
     best = votes.groupBy("v").agg(F.max(F.struct("score", "tie", "part", "room")).alias("best")).select("v", "best.*")
     state, count = stored(_move(state, _admitted(best, hashed(ADMISSION, step, "v"))), moved, unplaced)
-    left, slow = count["left"], few(count["moved"], count["count"])
+    left, slow = count["left"], options.is_slow(count["moved"], count["count"])
     if not left or (stalled and slow):
       break
     stalled = slow
@@ -125,7 +128,7 @@ def _split(arcs: DataFrame, state: DataFrame, options: Options, level: int, roun
     best = votes.groupBy("v", "own").agg(most.alias("best"), stay.alias("stay")).filter("best.score > stay")
     admitted = _admitted(best.select("v", "best.*"), hashed(ADMISSION, options.grow_steps + step, "v"))
     state, count = stored(_move(state, admitted), moved)
-    if few(count["moved"], count["count"]):
+    if options.is_slow(count["moved"], count["count"]):
       break
   return state.select("v", "part")
 

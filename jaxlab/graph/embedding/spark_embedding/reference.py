@@ -16,7 +16,6 @@ from jaxlab.graph.embedding.spark_embedding.options import (
   TIES,
   TURNS,
   Options,
-  few,
   leaf_seed,
   salt,
   shrinks,
@@ -168,11 +167,11 @@ def _split(arcs, ids, groups, parent, children, cap, options, level, round_):
     part[v], fresh[v] = p, True
     if (part >= 0).all():
       break
-    if few(len(v), len(ids)):
+    if options.is_slow(len(v), len(ids)):
       if stalled:
         break
       fresh = part >= 0
-    stalled = few(len(v), len(ids))
+    stalled = options.is_slow(len(v), len(ids))
 
   left = np.flatnonzero(part < 0)
   if len(left):
@@ -196,7 +195,7 @@ def _split(arcs, ids, groups, parent, children, cap, options, level, round_):
     best = best[votes[best] > stay[v[best]]]
     v, p = _admit(v[best], p[best], ids, room, draw(ADMISSION, options.grow_steps + step))
     part[v] = p
-    if few(len(v), len(ids)):
+    if options.is_slow(len(v), len(ids)):
       break
   return labels[part]
 
