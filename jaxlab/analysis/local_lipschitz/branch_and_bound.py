@@ -127,7 +127,8 @@ def branch_and_bound(
     enter(_Found(*(a[row] for a in roots)), row, np.asarray(flat), np.inf)
   record()
   while queue and cases < max_cases and time.perf_counter() - begin < timeout:
-    done, taken = settled(), []
+    done = settled()
+    taken: list[_Case] = []
     while queue and len(taken) < batch_size:
       case = heapq.heappop(queue)[2]
       if case.bound > done[case.row]:

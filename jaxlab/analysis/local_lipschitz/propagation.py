@@ -320,13 +320,13 @@ def _interval(network, box):
 # ------------------------------------------------------------------------------------------------------------- helpers
 
 
-def _both(upper: Callable, dtype, *arguments) -> Bounds:
+def _both(upper: Callable, dtype: jax.typing.DTypeLike, *arguments: Array) -> Bounds:
   """From upper bounds of a sum times -1 and 1, which also get the halves of further arguments [2, ...]."""
   sides = jax.vmap(upper)(jnp.array([-1, 1], dtype), *arguments)
   return Bounds(-sides[0], sides[1])
 
 
-def _each(function: Callable, shape: tuple[int, ...], chunk: int | None, slopes=None) -> Bounds:
+def _each(function, shape, chunk, slopes=None):
   """`function` of every index of an array of a shape, all at once or some at a time."""
   count = int(np.prod(shape))
   if slopes:  # [2, count, ...] each
