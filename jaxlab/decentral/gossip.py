@@ -14,6 +14,8 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxlab.train import checks
 
+_MANY = 64  # models from which on a matrix product costs more than gathering a few of them
+
 
 def neighbours(n: int, offsets: list[int]) -> Bool[np.ndarray, "n n"]:
   """Host. The circulant graph in which client i hears i + d (mod N) for each offset d, and itself."""
@@ -118,20 +120,38 @@ def mix(matrix: Float[Any, "m n"], models: PyTree) -> PyTree:
   """sum_j W_ij model_j for every floating leaf, accumulated in float32; whole numbers are not averaged.
 
   Args:
-    matrix: W; with M rows where M new models are made of N.
+    matrix: W; with M rows where M new models are made of N. With many models, rows of few entries are gathered.
     models: leaves [N, ...]. Leaves of whole numbers and keys stay as they are, which needs M = N.
   """
+  w = jnp.asarray(matrix, jnp.float32)
+  leaves, structure = jax.tree.flatten(models)
+  floating = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+  if len(floating) < len(leaves) and w.shape[0] != w.shape[1]:
+    raise ValueError(f"matrix: got {w.shape[0]} rows for {w.shape[1]} models of whole numbers, expected as many")
 
-  def average(leaf: Array) -> Array:
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-      if matrix.shape[0] != leaf.shape[0]:
-        raise ValueError(f"matrix: got {matrix.shape[0]} rows for {leaf.shape[0]} models of whole numbers, expected N")
-      return leaf
-    flat = leaf.reshape(leaf.shape[0], -1).astype(jnp.float32)
-    mixed = jnp.dot(matrix.astype(jnp.float32), flat, precision=jax.lax.Precision.HIGHEST)
-    return mixed.reshape(matrix.shape[0], *leaf.shape[1:]).astype(leaf.dtype)
+  def dense(w: Array, xs: list[Array]) -> list[Array]:
+    return [jnp.dot(w, x, precision=jax.lax.Precision.HIGHEST) for x in xs]
 
-  return jax.tree.map(average, models)
+  def few(count: int) -> Callable[[Array, list[Array]], list[Array]]:
+    def gather(w: Array, xs: list[Array]) -> list[Array]:
+      place = jax.lax.top_k(jnp.abs(w), count)[1]
+      share = jnp.take_along_axis(w, place, axis=1)
+      return [
+        sum((share[:, k, None] * x[place[:, k]] for k in range(1, count)), share[:, :1] * x[place[:, 0]]) for x in xs
+      ]
+
+    return gather
+
+  flat = [leaves[i].reshape(leaves[i].shape[0], -1).astype(jnp.float32) for i in floating]
+  if w.shape[1] < _MANY:
+    mixed = dense(w, flat)
+  else:
+    entries = jnp.max(jnp.sum(w != 0, axis=1))
+    branch = jnp.where(entries <= 2, 0, jnp.where(entries <= 8, 1, 2))
+    mixed = jax.lax.switch(branch, [few(2), few(8), dense], w, flat)
+  for i, new in zip(floating, mixed, strict=True):
+    leaves[i] = new.reshape(w.shape[0], *leaves[i].shape[1:]).astype(leaves[i].dtype)
+  return jax.tree.unflatten(structure, leaves)
 
 
 def mean(models: PyTree, weight: Float[Any, " n"] | None = None) -> PyTree:

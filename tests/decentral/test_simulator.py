@@ -113,6 +113,19 @@ def test_mixing_is_a_matrix_product_and_consensus_its_spread():
   assert gossip.transfers(gossip.ring(5)) == 10
 
 
+def test_many_models_are_mixed_by_few_entries_or_by_all_alike():
+  rng = np.random.default_rng(0)
+  models = {"a": rng.standard_normal((70, 3)).astype("float32"), "b": rng.standard_normal((70, 2, 2)).astype("float32")}
+  mixing = tiny.jit(gossip.mix)
+  for entries in (1, 2, 3, 8, 9, 70):
+    matrix = np.zeros((70, 70), "float32")
+    for row in matrix:
+      row[rng.permutation(70)[:entries]] = rng.random(entries)
+    mixed = mixing(matrix, models)
+    np.testing.assert_allclose(mixed["a"], matrix @ models["a"], atol=1e-5)
+    np.testing.assert_allclose(mixed["b"].reshape(70, 4), matrix @ models["b"].reshape(70, 4), atol=1e-5)
+
+
 # -------------------------------------------------------------------------------------------------- minibatches, rounds
 
 
