@@ -191,7 +191,7 @@ def _halves(network, rows, phases, lower, upper, scores, picks, *, shapes, heuri
       after = jax.vmap(lambda p, i: p.at[i].set(sign))(phases, picks[:, rank])
       return _bound(network, rows, after, lower, upper, **options)
 
-    return jax.tree.map(lambda a, b: jnp.stack([a, b]), half(jnp.int8(1)), half(jnp.int8(-1)))
+    return jax.vmap(half)(jnp.array([1, -1], "int8"))
 
   if candidates == 1:
     return picks[:, 0], split(0)

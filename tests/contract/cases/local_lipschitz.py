@@ -10,13 +10,21 @@ from jaxlab.analysis import local_lipschitz as ll
 SHAPE = (4, 4, 1)
 
 
-def network(dtype="float32"):
+def draw():
+  """Weights as flax names them."""
   rng = np.random.default_rng(1)
-  make = lambda *shape: jnp.asarray(rng.standard_normal(shape) / np.prod(shape[:-1]) ** 0.5, dtype)
+  layer = lambda *shape: {
+    "kernel": jnp.asarray(rng.standard_normal(shape) / np.prod(shape[:-1]) ** 0.5, "float32"),
+    "bias": jnp.asarray(rng.standard_normal(shape[-1]), "float32"),
+  }
+  return {"Conv_0": layer(3, 3, 1, 2), "Dense_0": layer(8, 5), "Dense_1": layer(5, 3)}
+
+
+def network(params):
   return (
-    ll.Conv(make(3, 3, 1, 2), make(2), (1, 1), "VALID"),
-    ll.Dense(make(8, 5), make(5)),
-    ll.Dense(make(5, 3), make(3)),
+    ll.Conv(**params["Conv_0"], padding="VALID"),
+    ll.Dense(**params["Dense_0"]),
+    ll.Dense(**params["Dense_1"]),
   )
 
 
@@ -25,17 +33,18 @@ def inputs(seed):
   return jax.tree.map(np.asarray, ll.box(x, 0.3))
 
 
-def function(net, box):
+def function(params, box):
+  net = network(params)
   found = ll.forward(net, box)
   return found[-1], ll.jacobian(net, found), ll.lipschitz(net, found)
 
 
-def narrow(net, box):
-  return function(*jax.tree.map(lambda a: a.astype("bfloat16"), (net, box)))
+def narrow(params, box):
+  return function(*jax.tree.map(lambda a: a.astype("bfloat16"), (params, box)))
 
 
 def forward(net=None, box=None, **options):
-  return lambda: ll.forward(net or NET, box or BOX, **options)
+  return lambda: ll.forward(net or NET, BOX if box is None else box, **options)
 
 
 def bound(found=None, **options):
@@ -56,11 +65,12 @@ def from_torch(**changes):
   return lambda: ll.from_torch(**{"state_dict": weights, "names": ["0"], "input_shape": (3,)} | changes)
 
 
-NET, BOX = network(), inputs(0)
+PARAMS, BOX = draw(), inputs(0)
+NET = network(PARAMS)
 FOUND = jax.jit(ll.forward)(NET, BOX)
 CASE = Case(
   function=function,
-  params=NET,
+  params=PARAMS,
   inputs=inputs,
   narrow=narrow,
   bad={
