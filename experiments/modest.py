@@ -86,6 +86,17 @@ def arms(config: Config, seed: int) -> dict[str, modest.Trace]:
   return {"MoDeST": run(calm, []), "MoDeST, 80 % crash": run(rough, crash(config, seed))}
 
 
+def joining(config: Config, share: float, seed: int) -> int:
+  """Rounds from a node's first advertisement until a share of the others has it in their views.
+
+  Views travel with models only, so a node learns of it when it is next sampled: it takes some n / s rounds.
+  """
+  protocol = modest.Protocol(config.sample, config.aggregators, inactivity=1000)
+  events = [modest.Event(5, "join", config.nodes)]
+  trace = modest.simulate(protocol, config.nodes + 1, 100, events=events, seed=seed)
+  return int(np.flatnonzero(np.array(trace.known[config.nodes]) >= share)[0])
+
+
 def fit(config: Config, learner: Any, batch: Any, test: Any, steps: int, place: pathlib.Path, seed: int) -> Any:
   """Curves of a run: accuracy [T], models sent [T] where counted."""
   train.fit(
@@ -189,6 +200,10 @@ def main(config: Config) -> None:
   metrics["models sent, one-peer D-SGD over MoDeST"] = ratio(
     f"models sent to {config.target:.0%}", "one-peer D-SGD", "MoDeST"
   )
+  for share in (0.5, 0.9):
+    metrics[f"rounds until {share:.0%} of the nodes know one that joins"] = [
+      joining(config, share, seed) for seed in range(5)
+    ]
   after = config.crash_at + config.inactivity
   metrics["pings without answer, in the five rounds after the crash"] = [
     sum(t.failed[config.crash_at - 1 : config.crash_at + 4]) for t in crashed
