@@ -41,19 +41,11 @@ def ours(*sizes):
   return lambda: jax.block_until_ready(step(inputs))
 
 
-def torch_scan(parallel):
-  """The scan as a PyTorch function of our arguments, softplus included."""
+def torch_parallel_scan():
+  """The function (a, x) -> h with h_t = a_t h_{t-1} + x_t over axis 1, as an autograd function."""
   import torch
-  from torch.nn import functional as F
 
-  def sequential(a, x):
-    h, states = torch.zeros_like(x[:, 0]), []
-    for a_t, x_t in zip(a.unbind(1), x.unbind(1), strict=True):  # indexing would cost a gradient of all steps for each
-      h = a_t * h + x_t
-      states.append(h)
-    return torch.stack(states, 1)
-
-  def scan(a, x):  # h_t = a_t h_{t-1} + x_t
+  def scan(a, x):
     if x.shape[1] == 1:
       return x
     pairs = x.shape[1] // 2
@@ -78,11 +70,27 @@ def torch_scan(parallel):
       adjoint = scan(following.flip(1), gradient.flip(1)).flip(1)
       return torch.cat([torch.zeros_like(h[:, :1]), adjoint[:, 1:] * h[:, :-1]], 1), adjoint
 
+  return Scan.apply
+
+
+def torch_scan(parallel):
+  """The scan as a PyTorch function of our arguments, softplus included."""
+  import torch
+  from torch.nn import functional as F
+
+  def sequential(a, x):
+    h, states = torch.zeros_like(x[:, 0]), []
+    for a_t, x_t in zip(a.unbind(1), x.unbind(1), strict=True):  # indexing would cost a gradient of all steps for each
+      h = a_t * h + x_t
+      states.append(h)
+    return torch.stack(states, 1)
+
+  recurrence = torch_parallel_scan() if parallel else sequential
+
   def selective_scan(u, delta, A, B, C, D, z, delta_bias):
     delta = F.softplus(delta + delta_bias)[..., None]
     a, x = torch.exp(delta * A), delta * B[:, :, None] * u[..., None]
-    h = Scan.apply(a, x) if parallel else sequential(a, x)
-    return ((h @ C[..., None])[..., 0] + D * u) * F.silu(z)
+    return ((recurrence(a, x) @ C[..., None])[..., 0] + D * u) * F.silu(z)
 
   return selective_scan
 
