@@ -7,12 +7,39 @@ node2vec", WSDM 2018, arXiv:1710.02971: what skip-gram with windows of T steps a
 to. M is dense, so graphs are small: N^2 floats, and T E N operations as T sparse products.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxlab.graph import sparse
+
+
+def leading_eigenpairs(
+  times: Callable[[Float[Array, "n k"]], Float[Array, "n k"]],
+  start: Float[Array, "n k"],
+  *,
+  iterations: int,
+) -> tuple[Float[Array, " k"], Float[Array, "n k"]]:
+  """Eigenvalues of a symmetric matrix M and their vectors, the largest magnitudes first, by subspace iteration.
+
+  Args:
+    times: x -> M x.
+    start: k random vectors, some more than are of use: the error of the j-th value falls as
+      (|L_k| / |L_j|)^(2 iterations) (Halko, Martinsson and Tropp 2011, algorithm 4.4).
+    iterations: of two products each.
+  """
+
+  def iterate(q: Array, _: None) -> tuple[Array, None]:
+    return jnp.linalg.qr(times(jnp.linalg.qr(times(q))[0]))[0], None
+
+  q, _ = jax.lax.scan(iterate, jnp.linalg.qr(times(start))[0], length=iterations)
+  small = jnp.matmul(q.T, times(q), precision="highest")
+  values, vectors = jnp.linalg.eigh((small + small.T) / 2)
+  order = jnp.argsort(-jnp.abs(values), stable=True)
+  return values[order], jnp.matmul(q, vectors[:, order], precision="highest")
 
 
 def netmf(
@@ -38,7 +65,7 @@ def netmf(
     window: T.
     negatives: b.
     oversample: further columns that are computed, for accuracy.
-    iterations: of the subspace; each is two products with M and an orthogonalisation.
+    iterations: of the subspace; each is two products with M.
 
   Returns:
     [N, dim] in the dtype of the operator's values; computed in float32 at least.
@@ -59,19 +86,12 @@ def netmf(
   m = jnp.log(jnp.maximum(degree.sum() / (negatives * window) * walks * inverse, 1))
   m = (m + m.T) / 2  # symmetric but for rounding
 
-  def times(x, y):
-    return jnp.matmul(x, y, precision="highest")
-
   rank = min(n, dim + oversample)
-  q, _ = jnp.linalg.qr(times(m, jax.random.normal(key, (n, dim + oversample), a.dtype)[:, :rank]))
-  for _ in range(iterations):
-    q, _ = jnp.linalg.qr(times(m, times(m, q)))
-  small = times(q.T, times(m, q))
-  values, vectors = jnp.linalg.eigh((small + small.T) / 2)
-  order = jnp.argsort(-jnp.abs(values), stable=True)[:dim]
-  z = times(q, vectors[:, order])
+  start = jax.random.normal(key, (n, dim + oversample), a.dtype)[:, :rank]
+  values, vectors = leading_eigenpairs(lambda x: jnp.matmul(m, x, precision="highest"), start, iterations=iterations)
+  z = vectors[:, :dim]
   largest = jnp.take_along_axis(z, jnp.abs(z).argmax(axis=0)[None], axis=0)
-  z = jnp.where(largest < 0, -z, z) * jnp.sqrt(jnp.abs(values[order]))
+  z = jnp.where(largest < 0, -z, z) * jnp.sqrt(jnp.abs(values[:dim]))
   z = jnp.where(degree[:, None] > 0, z, 0)
   return jnp.pad(z, ((0, 0), (0, max(0, dim - rank)))).astype(operator.dtype)
 

@@ -6,7 +6,7 @@ import numpy as np
 import scipy.sparse
 from jaxtyping import Array, Float, Num, PRNGKeyArray
 
-from jaxlab.graph import sparse
+from jaxlab.graph import factorization, sparse
 
 
 def ppmi(matrix: scipy.sparse.csr_array) -> scipy.sparse.csr_array:
@@ -121,11 +121,5 @@ def embed(
   def multiply(x):
     return jnp.matmul(matrix, x, precision="highest") if dense else sparse.propagate(matrix, x)
 
-  def iterate(q, _):
-    return jnp.linalg.qr(multiply(jnp.linalg.qr(multiply(q))[0]))[0], None
-
-  q, _ = jax.lax.scan(iterate, jnp.linalg.qr(multiply(start))[0], length=iterations)
-  small = jnp.matmul(q.T, multiply(q), precision="highest")
-  values, vectors = jnp.linalg.eigh((small + small.T) / 2)
-  order = jnp.argsort(-jnp.abs(values))[:dim]
-  return jnp.matmul(q, vectors[:, order], precision="highest") * jnp.sqrt(jnp.abs(values[order]))
+  values, vectors = factorization.leading_eigenpairs(multiply, start, iterations=iterations)
+  return vectors[:, :dim] * jnp.sqrt(jnp.abs(values[:dim]))
