@@ -253,7 +253,9 @@ def auto_lirpa(name, optimize=False):
   centre = torch.from_numpy(x)[None]
   box = BoundedTensor(centre, PerturbationLpNorm(norm=np.inf, eps=RADIUS))
   masks = [torch.eye(outputs)[:, i : i + 1] for i in range(outputs)]
-  models = [(BoundedModule(Norm(), (BoundedTensor(centre), mask)), mask) for mask in masks]
+  models = [
+    (BoundedModule(Norm(), (BoundedTensor(centre), mask), bound_opts={"conv_mode": "matrix"}), mask) for mask in masks
+  ]
   return lambda: [
     model.compute_jacobian_bounds((box, mask), optimize=optimize, bound_lower=False) for model, mask in models
   ]

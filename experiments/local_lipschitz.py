@@ -54,13 +54,13 @@ class Config:
   """Networks."""
   epochs: int = 60
   """Passes over the training set."""
-  images: int = 5
+  images: int = 4
   """Test images for each network."""
   radii: tuple[float, ...] = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
   """Of the boxes, which are clipped to [0, 1], in pixels of that range."""
   search_radius: float = 0.02
   """Of the boxes for branch and bound."""
-  timeout: float = 5.0
+  timeout: float = 3.0
   """Seconds of branch and bound for each image."""
   points: int = 10_000
   """Random points of each box."""
@@ -203,7 +203,7 @@ def search(config: Config, network, images: np.ndarray) -> list[ll.Search]:
   optimize = jax.jit(ll.optimize)
   for image in images:
     found = optimize(network, ll.box(jnp.asarray(image, "float64"), config.search_radius, clip=(0, 1)))
-    ll.branch_and_bound(network, found, only_largest=True, timeout=0)  # compiles
+    ll.branch_and_bound(network, found, only_largest=True, max_cases=11)  # compiles: one batch after the ten roots
     searches.append(ll.branch_and_bound(network, found, only_largest=True, timeout=config.timeout))
   return searches
 
