@@ -5,7 +5,7 @@
     python experiments/spark_embedding.py --scaling                     # 10^5 to 10^7 edges; goes on where it was
     python experiments/spark_embedding.py --scaling --edges 1000000     # one size
     python experiments/spark_embedding.py --master spark://host:7077    # on a cluster
-    python experiments/spark_embedding.py --preset paper                # all three networks' settings at 128 columns
+    python experiments/spark_embedding.py --preset paper                # ten seeds, all on Spark
 
 Needs Java and `pip install 'jaxlab[spark]'`. Each seed hides 5 % of the edges, and draws partition, embedding and
 labelled nodes. Hidden edges are told from as many pairs that are none by the dot product, and by a logistic regression
