@@ -23,7 +23,7 @@ class Search(NamedTuple):
 
   Attributes:
     bounds: [C] upper bounds of the rows' gradient norms; never above `lipschitz`'s.
-    complete: whether every case left has no ReLU of unknown phase.
+    complete: whether splitting more would not lower them; with `only_largest`, not lower the largest.
     cases: that were bounded.
     history: [T, 3] after each batch: seconds, cases, the largest of the bounds. The last never rises.
   """
@@ -96,45 +96,43 @@ def branch_and_bound(
   everything = jnp.full((len(rows), sum(int(np.prod(s)) for s in shapes)), jnp.inf, rows.dtype)
   roots = jax.device_get(bound(network, rows, jnp.tile(flat, (len(rows), 1)), -everything, everything))
   norms = np.array(roots.norm)
-  closed, best, order = np.full(len(rows), -np.inf, norms.dtype), norms.copy(), itertools.count()
-  queue: list[tuple[float, int, _Case]] = []
+  # Of every row: the largest bound of cases that stay as they are, and a queue of those that can be split.
+  closed = np.full(len(rows), -np.inf, norms.dtype)
+  queues: list[list[tuple[float, int, _Case]]] = [[] for _ in norms]
+  best, order = norms.copy(), itertools.count()
   cases, history = 0, []
 
   def enter(found, row, phases, parent):
-    """Into the queue, or into `closed` if nothing is left to split."""
     nonlocal cases
     cases += 1
     value = float(min(found.norm, parent))  # a parent's bound holds for its halves
     if found.scores[0] > 0:
       case = _Case(value, row, phases, found.lower, found.upper, found.scores, found.picks)
-      heapq.heappush(queue, (-value, next(order), case))
+      heapq.heappush(queues[row], (-value, next(order), case))
     else:
       closed[row] = max(closed[row], value)
 
-  def settled():
-    """What cannot be undercut any more: a case below it need not be split."""
-    return np.full(len(rows), closed.max()) if only_largest else closed
+  def worst():
+    """The largest bound in every row's queue."""
+    return np.array([-queue[0][0] if queue else -np.inf for queue in queues])
 
   def record():
-    """The largest bound of what is open or closed, by row."""
-    top = closed.copy()
-    for value, _, case in queue:
-      top[case.row] = max(top[case.row], -value)
-    np.minimum(best, top, out=best)
+    """Closes rows that no split can lower any more, and notes where the bounds are."""
+    top = worst()
+    final = np.full(len(rows), closed.max()) if only_largest else closed
+    for row in np.flatnonzero(top <= final):
+      closed[row] = max(closed[row], top[row])
+      queues[row].clear()
+    np.minimum(best, np.maximum(closed, worst()), out=best)
     history.append((time.perf_counter() - begin, cases, best.max()))
 
   for row in range(len(rows)):
     enter(_Found(*(a[row] for a in roots)), row, np.asarray(flat), np.inf)
   record()
-  while queue and cases < max_cases and time.perf_counter() - begin < timeout:
-    done = settled()
+  while any(queues) and cases < max_cases and time.perf_counter() - begin < timeout:
     taken: list[_Case] = []
-    while queue and len(taken) < batch_size:
-      case = heapq.heappop(queue)[2]
-      if case.bound > done[case.row]:
-        taken.append(case)
-    if not taken:
-      break
+    while any(queues) and len(taken) < batch_size:
+      taken.append(heapq.heappop(queues[worst().argmax()])[2])
     padded = taken + [taken[0]] * (batch_size - len(taken))  # always the same shapes, so one compiled program
     stacked = [np.stack(values) for values in zip(*(case[2:] for case in padded), strict=True)]
     of = rows[np.array([case.row for case in padded])]
@@ -145,9 +143,7 @@ def branch_and_bound(
         after[split[i]] = sign
         enter(_Found(*(a[side, i] for a in found)), case.row, after, case.bound)
     record()
-  done = settled()
-  complete = all(case.bound <= done[case.row] for _, _, case in queue)
-  return Search(best, complete, cases, np.array(history))
+  return Search(best, not any(queues), cases, np.array(history))
 
 
 class _Found(NamedTuple):
