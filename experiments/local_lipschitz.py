@@ -36,7 +36,7 @@ from jaxlab.data import digits, mnist5k
 from jaxlab.train.result import settings
 
 CHUNK = 2000  # points whose gradients are computed at once
-NETS, BOXES = 20, 5  # random networks of either kind, and boxes in each, for the million points
+KINDS, NETS, BOXES = ("mlp", "cnn"), 20, 5  # random networks of each kind, and boxes in each, for the million points
 MARGIN = 1e-9  # relative, for roundoff of float64
 
 
@@ -219,10 +219,10 @@ def soundness(points: int) -> dict[str, float]:
       return (*convolutions, ll.Dense(draw(20, 8), draw(8)), ll.Dense(draw(8, 3), draw(3))), (8, 8, 2)
     return tuple(ll.Dense(draw(i, o), draw(o)) for i, o in ((12, 20), (20, 16), (16, 10), (10, 4))), (12,)
 
-  each = -(-points // (2 * NETS * BOXES * CHUNK)) * CHUNK
+  each = -(-points // (len(KINDS) * NETS * BOXES * CHUNK)) * CHUNK
   counted = below = looser = 0
   closest, gains = np.inf, []
-  for kind in ("mlp", "cnn"):
+  for kind in KINDS:
     for seed in range(NETS):
       network, shape = make(seed, kind)
       rng = np.random.default_rng(seed)

@@ -26,7 +26,8 @@ Propagation", NeurIPS 2022, arXiv:2210.07394; code `shizhouxing/Local-Lipschitz-
 | product of norms | `global_bound` |
 
 All but `branch_and_bound` are for one input and can be traced: `jax.vmap` them over inputs, `jax.jit` them. Bounds are
-sound in exact arithmetic; roundoff is not bounded, so use float64, or allow for a relative 1e-5 in float32.
+sound in exact arithmetic; roundoff is not bounded, and a z within it of 0 may pass for one of known sign. Use float64
+where that matters; bfloat16 networks are bounded in float32 and the bounds rounded.
 
 Differs from the paper and the official code: ReLU networks that are chains of dense and convolutional layers, norm
 l_inf only; no bound of a smooth activation's derivative. All rows are bounded together. Branch and bound has one queue
