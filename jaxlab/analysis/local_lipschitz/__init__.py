@@ -30,9 +30,9 @@ sound in exact arithmetic; roundoff is not bounded, and a z within it of 0 may p
 where that matters; bfloat16 networks are bounded in float32 and the bounds rounded.
 
 Differs from the paper and the official code: ReLU networks that are chains of dense and convolutional layers, norm
-l_inf only; no bound of a smooth activation's derivative. All rows are bounded together. Branch and bound has one queue
-over all rows, where the official one gives each class a share of the time; a case's bounds of hidden gradients are
-computed anew and intersected with its parent's, where the official ones stay the root's. Official RecurJac uses its
+l_inf only; no bound of a smooth activation's derivative. All rows are bounded together. Branch and bound splits
+the worst cases of all rows, where the official one gives each class a share of time; bounds of hidden gradients are
+computed anew for a case, where the official ones stay those of the whole box. Official RecurJac uses its
 constants behind ReLUs that always pass too, which is looser.
 """
 
