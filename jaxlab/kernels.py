@@ -154,6 +154,20 @@ def fetch_add(typing_context, address, amount):
   return _word(_word, _word), codegen
 
 
+@intrinsic
+def prefetch(typing_context, address):
+  """Asks for the cache line at an address before it is needed, to read or to write."""
+
+  def codegen(context, builder, signature, args):
+    pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [builder.inttoptr(args[0], pointer), number(0), number(3), number(1)])
+    return context.get_dummy_value()
+
+  return types.void(_word), codegen
+
+
 def _call_address(context, builder, signature, args):
   word = ir.IntType(64)
   function = ir.FunctionType(word, [word] * (len(args) - 1))

@@ -4,10 +4,6 @@ from typing import NamedTuple
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
 from jaxlab import kernels
 
@@ -59,21 +55,6 @@ def work(capacity: int, ef: int, links: int) -> Work:
     np.empty(wide, np.float32),
     np.empty(links, np.int32),
   )
-
-
-@intrinsic
-def _prefetch(typing_context, address):
-  """Asks for a cache line before it is needed."""
-
-  def codegen(context, builder, signature, args):
-    pointer = ir.IntType(8).as_pointer()
-    number = ir.IntType(32)
-    kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, [builder.inttoptr(args[0], pointer), number(0), number(3), number(1)])
-    return context.get_dummy_value()
-
-  return types.void(types.int64), codegen
 
 
 @numba.njit(fastmath=True, inline="always")
@@ -170,7 +151,7 @@ def _search_layer(graph, work, inner, query, entry, entry_d, layer, ef, hidden):
         fresh[count] = other
         count += 1
         for place in range(0, min(size, AHEAD), 64):
-          _prefetch(base + size * other + place)
+          kernels.prefetch(base + size * other + place)
     evaluated += count
     for j in range(count):
       other = fresh[j]
@@ -178,7 +159,7 @@ def _search_layer(graph, work, inner, query, entry, entry_d, layer, ef, hidden):
       if found < ef or d < bound:
         _push(near_d, near, waiting, d, other, 1)
         waiting += 1
-        _prefetch(graph.links.ctypes.data + 4 * graph.links.shape[1] * near[0])
+        kernels.prefetch(graph.links.ctypes.data + 4 * graph.links.shape[1] * near[0])
         if not any_hidden or not hidden[other]:
           _push(far_d, far, found, d, other, -1)
           found += 1

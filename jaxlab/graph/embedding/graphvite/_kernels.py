@@ -4,10 +4,8 @@ from typing import NamedTuple
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
+
+from jaxlab import kernels
 
 WALKS = 100  # at a time, step by step, so that their cache misses overlap
 CHUNK = 128  # samples whose negatives are drawn together
@@ -29,20 +27,6 @@ class Walkable(NamedTuple):
   edge_alias: np.ndarray  # [E] int32
   accept: np.ndarray  # [E] float32, a table for each row
   alias: np.ndarray  # [E] int32, counted from the row's start
-
-
-@intrinsic
-def _prefetch(typing_context, address):
-  """Asks for a cache line before it is needed, to be written."""
-
-  def codegen(context, builder, signature, args):
-    pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-    kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, [builder.inttoptr(args[0], pointer), number(1), number(3), number(1)])
-    return context.get_dummy_value()
-
-  return types.void(types.int64), codegen
 
 
 # ----------------------------------------------------------------------------------------------------------- random
@@ -220,11 +204,11 @@ def train(vertex, context, pairs, negatives, lr, negative_weight, weight_decay, 
   for i in range(count):
     if i + AHEAD < count:
       for place in range(0, row_bytes, 64):
-        _prefetch(vertex_base + row_bytes * pairs[i + AHEAD, 0] + place)
-        _prefetch(context_base + row_bytes * pairs[i + AHEAD, 1] + place)
+        kernels.prefetch(vertex_base + row_bytes * pairs[i + AHEAD, 0] + place)
+        kernels.prefetch(context_base + row_bytes * pairs[i + AHEAD, 1] + place)
       for k in range(num_negatives):
         for place in range(0, row_bytes, 64):
-          _prefetch(context_base + row_bytes * negatives[i + AHEAD, k] + place)
+          kernels.prefetch(context_base + row_bytes * negatives[i + AHEAD, k] + place)
     v = vertex[pairs[i, 0]]
     for k in range(num_negatives + 1):
       positive = k == num_negatives
