@@ -17,6 +17,8 @@ import functools
 import json
 import pathlib
 import time
+import zlib
+from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -58,7 +60,7 @@ class Config:
   """Test images for each network."""
   radii: tuple[float, ...] = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
   """Of the boxes, which are clipped to [0, 1], in pixels of that range."""
-  search_radius: float = 0.02
+  search_radius: float = 0.2
   """Of the boxes for branch and bound."""
   timeout: float = 3.0
   """Seconds of branch and bound for each image."""
@@ -145,6 +147,16 @@ def fitted(model: nn.Module, sets: dict[str, Any], config: Config, seed: int, fo
   return state, 100 * float(learner.evaluate(state, sets["test"])["accuracy"])
 
 
+def once(path: pathlib.Path, make: Callable[[], Any]) -> Any:
+  """What is made, from its file if it was made before, so that a stopped run goes on where it was."""
+  if not path.exists():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(jax.tree.map(lambda a: np.asarray(a).tolist(), make())))
+    temporary.replace(path)
+  return json.loads(path.read_text())
+
+
 # ------------------------------------------------------------------------------------------------ bounds and the truth
 
 
@@ -197,17 +209,18 @@ def around(config: Config, network, images: np.ndarray, seed: int) -> dict[str, 
   return {name: np.array(values) for name, values in found.items()}
 
 
-def search(config: Config, network, images: np.ndarray) -> list[ll.Search]:
+def search(config: Config, network, images: np.ndarray) -> list[dict[str, Any]]:
   """Branch and bound around each image, from the bounds of alpha."""
   searches = []
   optimize = jax.jit(ll.optimize)
   for image in images:
     found = optimize(network, ll.box(jnp.asarray(image, "float64"), config.search_radius, clip=(0, 1)))
     ll.branch_and_bound(network, found, only_largest=True, max_cases=11)  # compiles: one batch after the ten roots
-    searches.append(ll.branch_and_bound(network, found, only_largest=True, timeout=config.timeout))
+    searches.append(ll.branch_and_bound(network, found, only_largest=True, timeout=config.timeout)._asdict())
   return searches
 
 
+@jax.enable_x64(True)
 def soundness(points: int) -> dict[str, float]:
   """Random points against the bounds of random networks."""
 
@@ -294,7 +307,7 @@ TABULAR = ("lip_crown", "recurjac", "interval")
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
-def draw(config: Config, constants: dict[str, np.ndarray], searches: list[ll.Search], path: pathlib.Path) -> None:
+def draw(config: Config, constants: dict[str, np.ndarray], searches: list[dict[str, Any]], path: pathlib.Path) -> None:
   """Constants [seeds, radii, images] against the radius, and bounds of the searches against time."""
   figure, (axes,) = train.figures.subplots(1, 2)
   radii = np.array(config.radii)
@@ -308,7 +321,7 @@ def draw(config: Config, constants: dict[str, np.ndarray], searches: list[ll.Sea
   axes[0].set_ylabel("local Lipschitz constant, $l_\\infty$ to $l_\\infty$")
   axes[0].legend(fontsize=7)
   for found in searches:
-    seconds, _, bound = found.history.T
+    seconds, _, bound = np.array(found["history"]).T
     axes[1].step(seconds, bound / bound[0], where="post", color=train.figures.COLORS[0], alpha=0.5, lw=1)
   axes[1].set(xlabel="branch and bound (s)", ylabel="bound over Lip-CROWN with alpha")
   axes[1].set_title(f"radius {config.search_radius:g}, one line an image")
@@ -318,23 +331,30 @@ def draw(config: Config, constants: dict[str, np.ndarray], searches: list[ll.Sea
 def measure(config: Config, folder: pathlib.Path) -> dict[str, Any]:
   """Metrics, one value for each seed where they vary; draws the figure."""
   sets = load(config)
+  parts = folder / f"parts-{zlib.crc32(json.dumps(settings(config)).encode()):08x}"  # of these settings alone
   model = MLP(config.width) if config.model == "mlp" else CNN(config.width)
   learner = train.supervised(model, train.cross_entropy(), optax.adam(0.001))
   learner = learner._replace(step=jax.jit(learner.step, donate_argnums=0), evaluate=jax.jit(learner.evaluate))
   constants: dict[str, list] = {name: [] for name in (GLOBAL, *METHODS, SAMPLED)}
   accuracy, searches = [], []
-  for seed in range(config.seeds):
+
+  def study(seed):
+    """One network."""
     state, percent = fitted(model, sets, config, seed, folder, learner)
-    accuracy.append(percent)
     images = sets["test"]["image"][seed * config.images :][: config.images]
     with jax.enable_x64(True):
       network = chain(state.params)
       found = around(config, network, images, seed)
       found[GLOBAL] = np.full_like(found[SAMPLED], ll.global_bound(network))
-      searches.append(search(config, network, images))
-    for name, values in found.items():
+      return {"accuracy": percent, "constants": found, "searches": search(config, network, images)}
+
+  for seed in range(config.seeds):
+    found = once(parts / f"seed{seed}.json", functools.partial(study, seed))
+    accuracy.append(found["accuracy"])
+    searches.append(found["searches"])
+    for name, values in found["constants"].items():
       constants[name].append(values)
-    rich.print(f"seed {seed}: accuracy {percent:.1f} %, images of {config.dataset} done")
+    rich.print(f"seed {seed}: accuracy {accuracy[-1]:.1f} %, images of {config.dataset} done")
   arrays = {name: np.array(values) for name, values in constants.items()}  # [seeds, radii, images]
   draw(config, arrays, sum(searches, []), folder / "figure.png")
   metrics: dict[str, Any] = {"test accuracy (%)": accuracy}
@@ -347,19 +367,20 @@ def measure(config: Config, folder: pathlib.Path) -> dict[str, Any]:
   metrics["below the largest gradient at random points"] = int(
     sum((arrays[name] < arrays[SAMPLED] * (1 - MARGIN)).sum() for name in METHODS)
   )
-  drop = [[100 * (1 - s.history[-1, 2] / s.history[0, 2]) for s in some] for some in searches]
+  drop = [[100 * (1 - s["history"][-1][2] / s["history"][0][2]) for s in some] for some in searches]
   metrics["branch and bound below its start (%)"] = list(np.mean(drop, 1))
   metrics["branch and bound, searches that ended (%)"] = [
-    100 * np.mean([s.complete for s in some]) for some in searches
+    100 * np.mean([s["complete"] for s in some]) for some in searches
   ]
   metrics["branch and bound, cases per second"] = [
-    np.mean([s.cases / s.history[-1, 0] for s in some]) for some in searches
+    np.mean([s["cases"] / s["history"][-1][0] for s in some]) for some in searches
   ]
-  metrics["branch and bound, steps upwards"] = int(sum((np.diff(s.history[:, 2]) > 0).sum() for s in sum(searches, [])))
-  with jax.enable_x64(True):
-    metrics |= soundness(config.soundness_points)
+  metrics["branch and bound, steps upwards"] = int(
+    sum((np.diff(np.array(s["history"])[:, 2]) > 0).sum() for s in sum(searches, []))
+  )
+  metrics |= once(parts / "random.json", lambda: soundness(config.soundness_points))
   rich.print("random networks done")
-  return metrics | monotone(config, folder)
+  return metrics | once(parts / "tabular.json", lambda: monotone(config, folder))
 
 
 def report(result: dict[str, Any]) -> None:
