@@ -40,7 +40,7 @@ class System:
 # fmt: off
 SYSTEMS: tuple[System, ...] = (
   System("smt", "models", "SMT", "Scale-Aware Modulation Meet Transformer", "2307.08579", "done"),
-  System("segman", "models", "SegMAN", "SegMAN: Omni-scale Context Modeling with State Space Models and Local Attention for Semantic Segmentation", "2412.11890"),
+  System("segman", "models", "SegMAN", "SegMAN: Omni-scale Context Modeling with State Space Models and Local Attention for Semantic Segmentation", "2412.11890", "done"),
   System("maformer", "models", "MAFormer", "MAFormer: A Transformer Network with Multi-scale Attention Fusion for Visual Recognition", "2209.01620"),
   System("cvmh_unet", "models", "CVMH-UNet", "Remote Sensing Image Segmentation Using Vision Mamba and Multi-Scale Multi-Frequency Feature Fusion", "2410.05624"),
   System("medusa", "models", "MEDUSA", "MEDUSA: Multi-scale Encoder-Decoder Self-Attention Deep Neural Network Architecture for Medical Image Analysis", "2110.06063"),
