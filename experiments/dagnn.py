@@ -30,7 +30,7 @@ from jaxlab.data import digits, planetoid, synthetic
 from jaxlab.graph import evaluation, node_classification
 from jaxlab.graph.nets import dagnn
 from jaxlab.graph.node_classification import GCN
-from jaxlab.train.result import settings
+from jaxlab.train.result import finished_result, settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,10 +233,7 @@ def main(config: Config) -> None:
   record = settings(
     dataclasses.asdict(config) | {"methods": {k: " ".join(str(m).split()) for k, m in all_methods.items()}}
   )
-  if (folder / "result.json").exists() and (result := json.loads((folder / "result.json").read_text()))[
-    "config"
-  ] == record:
-    rich.print(f"Finished on {result['finished']}; delete {folder} to run it again.")
+  if result := finished_result(folder, record):
     return report(result)
 
   best = {}

@@ -29,7 +29,7 @@ from jaxlab import memory, train
 from jaxlab.data import digits, mnist5k
 from jaxlab.decentral import disrupted_p2p as dp
 from jaxlab.decentral import partition, simulator
-from jaxlab.train.result import settings
+from jaxlab.train.result import finished_result, settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,9 +153,8 @@ def main(config: Config) -> None:
   folder = (
     config.workdir / f"{config.dataset}-{config.peers}-{config.share}-{config.rounds}-{config.graphs}-{start_kind}"
   )
-  path, record, start = folder / "result.json", settings(config), time.perf_counter()
-  if path.exists() and (result := json.loads(path.read_text()))["config"] == record:
-    rich.print(f"Finished on {result['finished']}; delete {folder} to run it again.")
+  record, start = settings(config), time.perf_counter()
+  if result := finished_result(folder, record):
     return report(result)
 
   splits = (mnist5k if config.dataset == "mnist_5k" else digits).images()

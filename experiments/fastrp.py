@@ -30,7 +30,7 @@ from jaxlab import memory, train
 from jaxlab.data import digits, networks, synthetic
 from jaxlab.graph import evaluation, sparse
 from jaxlab.graph.embedding import fastrp
-from jaxlab.train.result import settings
+from jaxlab.train.result import finished_result, settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,11 +246,8 @@ def main(config: Config) -> None:
     config = Config("blogcatalog", seed=config.seed, preset="paper", workdir=config.workdir)
   folder = config.workdir / ("scaling" if config.scaling else f"{config.dataset}-{config.dim}-{len(config.fractions)}")
   record = settings(dataclasses.asdict(config) | ({} if config.scaling else {"methods": METHODS}))
-  if (folder / "result.json").exists():
-    result = json.loads((folder / "result.json").read_text())
-    if result["config"] == record:
-      rich.print(f"Finished on {result['finished']}; delete {folder} to run it again.")
-      return report(result)
+  if result := finished_result(folder, record):
+    return report(result)
   start = time.perf_counter()
   published: dict[str, Any] = {}
   if config.scaling:

@@ -27,7 +27,7 @@ import tyro
 from jaxlab import memory, train
 from jaxlab.data import digits, mnist5k
 from jaxlab.decentral import fedzip, partition, simulator, single_merging
-from jaxlab.train.result import settings
+from jaxlab.train.result import finished_result, settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,9 +160,8 @@ def main(config: Config) -> None:
     f"{config.dataset}-{config.clients}-{config.alpha}-{config.rounds}x{config.epochs}-{config.seeds}-{config.preset}"
   )
   folder = config.workdir / kind
-  path, record, start = folder / "result.json", settings(config), time.perf_counter()
-  if path.exists() and (result := json.loads(path.read_text()))["config"] == record:
-    rich.print(f"Finished on {result['finished']}; delete {folder} to run it again.")
+  record, start = settings(config), time.perf_counter()
+  if result := finished_result(folder, record):
     return report(result)
   curves, stream, size = {}, 0.0, 1
   for name in ARMS:

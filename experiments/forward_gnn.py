@@ -26,7 +26,7 @@ import tyro
 from jaxlab import data, memory, train
 from jaxlab.data import citation_full, digits, planetoid
 from jaxlab.graph.nets import forward_gnn as fg
-from jaxlab.train.result import settings
+from jaxlab.train.result import finished_result, settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,9 +184,7 @@ def main(config: Config) -> None:
   depths = "-".join(map(str, config.depths))
   folder = config.workdir / f"{config.dataset}-{config.task}-{config.kind}-{depths}-{config.splits}-{config.epochs}"
   record = settings(dataclasses.asdict(config) | {"algorithms": chosen(config)})
-  path = folder / "result.json"
-  if path.exists() and (result := json.loads(path.read_text()))["config"] == record:
-    rich.print(f"Finished on {result['finished']}; delete {folder} to run it again.")
+  if result := finished_result(folder, record):
     return report(result)
 
   values: dict[str, np.ndarray] = {}

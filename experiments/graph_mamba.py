@@ -33,7 +33,7 @@ from jaxlab import memory, train
 from jaxlab.data import heterophilous, tu
 from jaxlab.graph import encodings, layers, sparse, structure, tokens
 from jaxlab.graph.nets import graph_mamba
-from jaxlab.train.result import settings
+from jaxlab.train.result import finished_result, settings
 
 COLORS, WALKS = 4, 4
 
@@ -456,9 +456,7 @@ def main(config: Config) -> None:
   name = f"{config.dataset}-{config.runs}x{config.epochs}-{config.features}-m{config.length}s{config.repetitions}"
   folder, start = config.workdir / name, time.perf_counter()
   record = settings(dataclasses.asdict(config) | {"tuned": TUNED.get(config.dataset, {})})
-  path = folder / "result.json"
-  if path.exists() and (result := json.loads(path.read_text()))["config"] == record:
-    rich.print(f"Finished on {result['finished']}; delete {folder} to run it again.")
+  if result := finished_result(folder, record):
     return report(result)
 
   if config.dataset == "ring":
@@ -491,7 +489,7 @@ def main(config: Config) -> None:
     for n, v in PUBLISHED.get(config.dataset, {}).items()
     if n in metrics
   }
-  train.write_result(
+  path = train.write_result(
     folder,
     system="graph_mamba",
     claim={

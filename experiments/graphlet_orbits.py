@@ -35,7 +35,7 @@ from jaxlab import train
 from jaxlab.data import digits, networks, planetoid, synthetic
 from jaxlab.graph import common_neighbors
 from jaxlab.graph.embedding import graphlet_orbits as go
-from jaxlab.train.result import settings
+from jaxlab.train.result import finished_result, settings
 
 PAIRS = tuple(pair for pair in go.ORBIT_PAIRS[1:] if pair[1] <= pair[2])  # the first is the adjacency itself
 FAMILIES = ("walks", "orbits", "graphlets", "walks and orbit")
@@ -327,11 +327,8 @@ def main(config: Config) -> None:
   kind = "scaling" if config.scaling else "large" if config.large else f"{config.dataset}-{config.dim}-{config.seeds}"
   folder = config.workdir / kind
   record = settings(dataclasses.asdict(config))
-  if (folder / "result.json").exists():
-    result = json.loads((folder / "result.json").read_text())
-    if result["config"] == record:
-      rich.print(f"Finished on {result['finished']}; delete {folder} to run it again.")
-      return report(result)
+  if result := finished_result(folder, record):
+    return report(result)
   folder.mkdir(parents=True, exist_ok=True)
   start = time.perf_counter()
   if config.scaling:

@@ -28,7 +28,7 @@ from jaxlab import train
 from jaxlab.data import digits, networks
 from jaxlab.graph import evaluation
 from jaxlab.graph.embedding import graphvite
-from jaxlab.train.result import settings
+from jaxlab.train.result import finished_result, settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,11 +196,8 @@ def main(config: Config) -> None:
     [config.dataset, config.preset, str(config.dim), f"P{parts}", *([config.backend] if config.backend else [])]
   )
   record = settings(dataclasses.asdict(config))
-  if (folder / "result.json").exists():
-    result = json.loads((folder / "result.json").read_text())
-    if result["config"] == record:
-      rich.print(f"Finished on {result['finished']}; delete {folder} to run it again.")
-      return report(result)
+  if result := finished_result(folder, record):
+    return report(result)
   start = time.perf_counter()
   edges, labels = load(config)
   seeds = list(range(config.seed, config.seed + config.seeds))

@@ -30,7 +30,7 @@ from sklearn.datasets import load_digits
 from jaxlab import train
 from jaxlab.data import mnist5k
 from jaxlab.graph.search import hnsw
-from jaxlab.train.result import settings
+from jaxlab.train.result import finished_result, settings
 
 K = 10
 QUERIES = 1000
@@ -230,11 +230,8 @@ def main(config: Config) -> None:
     raise ValueError(f"ef: got {config.ef}, expected widths of at least 1")
   folder = config.workdir / ("growth" if config.growth else f"{config.dataset}-{config.preset}")
   record = settings(dataclasses.asdict(config))
-  if (folder / "result.json").exists():
-    result = json.loads((folder / "result.json").read_text())
-    if result["config"] == record:
-      rich.print(f"Finished on {result['finished']}; delete {folder} to run it again.")
-      return report(result)
+  if result := finished_result(folder, record):
+    return report(result)
   start = time.perf_counter()
   metrics, claim = (growth if config.growth else compare)(config, folder / "figure.png")
   synthetic = f"{config.dataset}, {config.points} x {config.dim}"

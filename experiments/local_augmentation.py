@@ -33,7 +33,7 @@ from jaxlab import data, memory, train
 from jaxlab.data import planetoid, synthetic
 from jaxlab.graph import node_classification, sparse
 from jaxlab.graph.nets import local_augmentation as la
-from jaxlab.train.result import settings
+from jaxlab.train.result import finished_result, settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,9 +264,7 @@ def main(config: Config) -> None:
     raise ValueError(f"methods: got {config.methods}, expected some of {tuple(methods(config.dataset))}")
   folder = config.workdir / f"{config.dataset}-M{config.passes}-{config.epochs}-{config.pool}-{config.seeds}"
   record = settings(dataclasses.asdict(config) | {"trained": {k: " ".join(str(m).split()) for k, m in chosen.items()}})
-  path = folder / "result.json"
-  if not config.tune and path.exists() and (result := json.loads(path.read_text()))["config"] == record:
-    rich.print(f"Finished on {result['finished']}; delete {folder} to run it again.")
+  if not config.tune and (result := finished_result(folder, record)):
     return report(result)
   start, shared = time.perf_counter(), prepare(config)
   if config.tune:

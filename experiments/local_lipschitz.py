@@ -27,7 +27,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import rich
-import rich.table
 import sklearn.datasets
 import tyro
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
@@ -35,7 +34,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from jaxlab import memory, train
 from jaxlab.analysis import local_lipschitz as ll
 from jaxlab.data import digits, mnist5k
-from jaxlab.train.result import settings
+from jaxlab.train.result import finished_result, print_metrics, settings
 
 CHUNK = 2000  # points whose gradients are computed at once
 KINDS, NETS, BOXES = ("mlp", "cnn"), 20, 5  # random networks of each kind, and boxes in each, for the million points
@@ -383,14 +382,6 @@ def measure(config: Config, folder: pathlib.Path) -> dict[str, Any]:
   return metrics | once(parts / "tabular.json", lambda: monotone(config, folder))
 
 
-def report(result: dict[str, Any]) -> None:
-  """The table."""
-  table = rich.table.Table("metric", "mean", "std. deviation", title=result["dataset"])
-  for key, metric in result["metrics"].items():
-    table.add_row(key, *("" if number is None else f"{number:.4g}" for number in (metric["mean"], metric["std"])))
-  rich.print(table)
-
-
 def main(config: Config) -> None:
   """Runs the experiment, or shows a finished one."""
   for name in ("width", "seeds", "epochs", "images", "points", "soundness_points"):
@@ -407,11 +398,8 @@ def main(config: Config) -> None:
     )
   folder = config.workdir / f"{config.dataset}-{config.model}-{config.width}-{config.preset}"
   record = settings(config)
-  if (folder / "result.json").exists():
-    result = json.loads((folder / "result.json").read_text())
-    if result["config"] == record:
-      rich.print(f"Finished on {result['finished']}; delete {folder} to run it again.")
-      return report(result)
+  if result := finished_result(folder, record):
+    return print_metrics(result)
   start = time.perf_counter()
   metrics = measure(config, folder)
   path = train.write_result(
@@ -427,7 +415,7 @@ def main(config: Config) -> None:
     seed=list(range(config.seeds)),
     wall_time=time.perf_counter() - start,
   )
-  report(json.loads(path.read_text()))
+  print_metrics(json.loads(path.read_text()))
   rich.print(f"Everything is in {folder}.")
 
 

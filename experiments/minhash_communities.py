@@ -21,14 +21,13 @@ from typing import Any, Literal
 
 import numpy as np
 import rich
-import rich.table
 import scipy.sparse
 import tyro
 
 from jaxlab import train
 from jaxlab.data import networks, synthetic
 from jaxlab.graph.search import minhash_communities as mc
-from jaxlab.train.result import settings
+from jaxlab.train.result import finished_result, print_metrics, settings
 
 OFFICIAL_SEEDS = (451235, 35631241, 2315, 346213456, 134)
 METHODS = ("initial averages", "minrank", "PageRank, seeds ranked too", "PageRank", "random candidates", "random order")
@@ -251,14 +250,6 @@ def scale(config: Config, path: pathlib.Path) -> tuple[dict[str, Any], str]:
   return metrics, f"Ingest grows as edges to the power {slope:.2f} between the two largest."
 
 
-def report(result: dict[str, Any]) -> None:
-  """The table."""
-  table = rich.table.Table("metric", "mean", "std. deviation", title=result["dataset"])
-  for key, metric in result["metrics"].items():
-    table.add_row(key, *("" if v is None else f"{v:.4g}" for v in (metric["mean"], metric["std"])))
-  rich.print(table)
-
-
 def main(config: Config) -> None:
   """Runs the experiment, or shows a finished one."""
   if config.preset == "paper":
@@ -270,11 +261,8 @@ def main(config: Config) -> None:
       raise ValueError(f"{name}: got {getattr(config, name)}, expected at least {least}")
   folder = config.workdir / ("scaling" if config.scaling else f"{config.dataset}-{config.preset}")
   record = settings(dataclasses.asdict(config))
-  if (folder / "result.json").exists():
-    result = json.loads((folder / "result.json").read_text())
-    if result["config"] == record:
-      rich.print(f"Finished on {result['finished']}; delete {folder} to run it again.")
-      return report(result)
+  if result := finished_result(folder, record):
+    return print_metrics(result)
   start = time.perf_counter()
   run = scale if config.scaling else {"email": email, "fans": fans}[config.dataset]
   metrics, claim = run(config, folder / "figure.png")
@@ -289,7 +277,7 @@ def main(config: Config) -> None:
     seed=list(OFFICIAL_SEEDS) if run is email else [0],
     wall_time=time.perf_counter() - start,
   )
-  report(json.loads(path.read_text()))
+  print_metrics(json.loads(path.read_text()))
   rich.print(f"Everything is in {folder}.")
 
 

@@ -26,7 +26,7 @@ import tyro
 from jaxlab import memory, train
 from jaxlab.data import digits, mnist5k
 from jaxlab.decentral import gossip, modest, partition, simulator, single_merging
-from jaxlab.train.result import settings
+from jaxlab.train.result import finished_result, settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,9 +155,8 @@ def main(config: Config) -> None:
     raise ValueError(f"crash_at: got {config.crash_at}, expected a round before the last, {config.rounds}")
   kind = f"{config.dataset}-{config.nodes}-{config.sample}-{config.alpha}-{config.rounds}-{config.seeds}"
   folder = config.workdir / kind
-  path, record, start = folder / "result.json", settings(config), time.perf_counter()
-  if path.exists() and (result := json.loads(path.read_text()))["config"] == record:
-    rich.print(f"Finished on {result['finished']}; delete {folder} to run it again.")
+  record, start = settings(config), time.perf_counter()
+  if result := finished_result(folder, record):
     return report(result)
 
   splits = (mnist5k if config.dataset == "mnist_5k" else digits).images()

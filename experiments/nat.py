@@ -37,7 +37,7 @@ from jaxlab import memory, train
 from jaxlab.data import temporal
 from jaxlab.data.temporal import Batches, EventStream, Split
 from jaxlab.graph.links import nat
-from jaxlab.train.result import settings
+from jaxlab.train.result import finished_result, settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,10 +278,7 @@ def main(config: Config) -> None:
   folder = config.workdir / f"{config.dataset}-{config.mode}-{config.seeds}{suffix}"
   start, stream, tried = time.perf_counter(), load(config.dataset), models(config)
   record = settings(dataclasses.asdict(config) | {"models": {k: " ".join(str(m).split()) for k, m in tried.items()}})
-  if (folder / "result.json").exists() and (result := json.loads((folder / "result.json").read_text()))[
-    "config"
-  ] == record:
-    rich.print(f"Finished on {result['finished']}; delete {folder} to run it again.")
+  if result := finished_result(folder, record):
     return report(result)
 
   methods = {name: method(model, config) for name, model in tried.items()}

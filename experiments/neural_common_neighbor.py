@@ -27,7 +27,7 @@ from jaxlab import memory, train
 from jaxlab.data import planetoid
 from jaxlab.graph import common_neighbors, evaluation, link_prediction
 from jaxlab.graph.links import neural_common_neighbor as ncn
-from jaxlab.train.result import settings
+from jaxlab.train.result import finished_result, settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,11 +247,8 @@ def main(config: Config) -> None:
   folder = config.workdir / f"{config.dataset}-{config.seeds}{f'-{config.epochs}' if config.epochs else ''}{suffix}"
   built = {name: " ".join(str(build(config, method)).split()) for name, method in methods.items()}
   record = settings(dataclasses.asdict(config) | {"methods": built})
-  if (folder / "result.json").exists():
-    result = json.loads((folder / "result.json").read_text())
-    if result["config"] == record:
-      rich.print(f"Finished on {result['finished']}; delete {folder} to run it again.")
-      return report(result)
+  if result := finished_result(folder, record):
+    return report(result)
 
   start, tasks = time.perf_counter(), load(config)
   curves = {}

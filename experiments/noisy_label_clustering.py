@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 import numpy as np
 import rich
-import rich.table
 import scipy.sparse
 import tyro
 from sklearn.linear_model import LogisticRegression
@@ -29,7 +28,7 @@ from sklearn.linear_model import LogisticRegression
 from jaxlab import train
 from jaxlab.data import networks, planetoid, synthetic
 from jaxlab.graph.search import noisy_label_clustering as lfd
-from jaxlab.train.result import settings
+from jaxlab.train.result import finished_result, print_metrics, settings
 
 SOURCES = {"real": np.arange(1.5, 5.01, 0.25), "sbm": np.array([1.5, 2.0, 3.0, 4.0])}  # over what the target holds
 RHO = np.array([0.1, 0.2, 0.5, 1.0])  # times 1 / vol(target)
@@ -178,14 +177,6 @@ def scale(path: pathlib.Path) -> tuple[dict[str, Any], str]:
   return metrics, "Work follows the cluster's volume, not the graph's size."
 
 
-def report(result: dict[str, Any]) -> None:
-  """The table."""
-  table = rich.table.Table("metric", "mean", "std. deviation", title=result["dataset"])
-  for key, metric in result["metrics"].items():
-    table.add_row(key, *("" if v is None else f"{v:.4g}" for v in (metric["mean"], metric["std"])))
-  rich.print(table)
-
-
 def main(config: Config) -> None:
   """Runs the experiment, or shows a finished one."""
   if config.seeds < 1:
@@ -194,11 +185,8 @@ def main(config: Config) -> None:
     raise ValueError(f"accuracies: got {config.accuracies}, expected numbers in [0, 1]")
   folder = config.workdir / ("scaling" if config.scaling else f"{config.dataset}-{config.preset}-{config.seeds}")
   record = settings(dataclasses.asdict(config))
-  if (folder / "result.json").exists():
-    result = json.loads((folder / "result.json").read_text())
-    if result["config"] == record:
-      rich.print(f"Finished on {result['finished']}; delete {folder} to run it again.")
-      return report(result)
+  if result := finished_result(folder, record):
+    return print_metrics(result)
   start = time.perf_counter()
   figure = folder / "figure.png"
   metrics, claim = scale(figure) if config.scaling else compare(config, figure)
@@ -213,7 +201,7 @@ def main(config: Config) -> None:
     seed=[0] if config.scaling else list(range(config.seeds)),
     wall_time=time.perf_counter() - start,
   )
-  report(json.loads(path.read_text()))
+  print_metrics(json.loads(path.read_text()))
   rich.print(f"Everything is in {folder}.")
 
 

@@ -28,7 +28,7 @@ from jaxlab import memory, train
 from jaxlab.data import digits, images, mnist5k
 from jaxlab.decentral import simulator
 from jaxlab.decentral import single_merging as sm
-from jaxlab.train.result import settings
+from jaxlab.train.result import finished_result, settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,9 +176,8 @@ def main(config: Config) -> None:
   folder = (
     config.workdir / f"{config.dataset}-{config.clients}-{config.alpha}-{config.rounds}x{config.steps}-{config.seeds}"
   )
-  path, record, start = folder / "result.json", settings(config), time.perf_counter()
-  if path.exists() and (result := json.loads(path.read_text()))["config"] == record:
-    rich.print(f"Finished on {result['finished']}; delete {folder} to run it again.")
+  record, start = settings(config), time.perf_counter()
+  if result := finished_result(folder, record):
     return report(result)
   curves = {}
   for name in arms(config):

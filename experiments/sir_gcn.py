@@ -38,7 +38,7 @@ from jaxlab import memory, train
 from jaxlab.data import heterophilous, synthetic
 from jaxlab.graph import layers, pairwise, sparse, structure
 from jaxlab.graph.nets import sir_gcn
-from jaxlab.train.result import settings
+from jaxlab.train.result import finished_result, settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -571,11 +571,8 @@ def main(config: Config) -> None:
   name = f"{config.task}-{config.size}" if config.size else f"{config.task}-{config.preset}"
   folder = config.workdir / f"{name}-{config.seeds}runs-{config.epochs}epochs"
   record, start = settings(config), time.perf_counter()
-  if (folder / "result.json").exists():
-    result = json.loads((folder / "result.json").read_text())
-    if result["config"] == record:
-      rich.print(f"Finished on {result['finished']}; delete {folder} to run it again.")
-      return report(result)
+  if result := finished_result(folder, record):
+    return report(result)
   metrics, curves = (run_minesweeper if config.task == "minesweeper" else run_synthetic)(config, folder)
   draw(config, curves, folder)
   if config.task == "minesweeper":

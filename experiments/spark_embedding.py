@@ -29,7 +29,6 @@ import jax
 import numpy as np
 import pandas as pd
 import rich
-import rich.table
 import scipy.sparse
 import tyro
 from jaxtyping import Bool, Float, Int
@@ -43,7 +42,7 @@ from jaxlab.data import digits, networks
 from jaxlab.graph import evaluation
 from jaxlab.graph.embedding import fastrp
 from jaxlab.graph.embedding import spark_embedding as se
-from jaxlab.train.result import settings
+from jaxlab.train.result import finished_result, print_metrics, settings
 
 EDGES = (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)
 WHOLE, PARTS, DISTNE = "whole graph", "parts, no border", "DistNE"
@@ -369,14 +368,6 @@ def scale(config: Config, path: pathlib.Path) -> tuple[dict[str, Any], str] | No
 # ------------------------------------------------------------------------------------------------------------- main
 
 
-def report(result: dict[str, Any]) -> None:
-  """The table."""
-  table = rich.table.Table("metric", "mean", "std. deviation", title=result["dataset"])
-  for key, metric in result["metrics"].items():
-    table.add_row(key, *("" if number is None else f"{number:.4g}" for number in (metric["mean"], metric["std"])))
-  rich.print(table)
-
-
 def main(config: Config) -> None:
   """Runs the experiment, or shows a finished one."""
   if config.preset == "paper":
@@ -386,11 +377,8 @@ def main(config: Config) -> None:
       raise ValueError(f"{name}: got {getattr(config, name)}, expected at least {least}")
   folder = config.workdir / ("scaling" if config.scaling else f"{config.dataset}-{config.dim}-{config.seeds}")
   record = settings(dataclasses.asdict(config) | ({"options": vars(SCALED)} if config.scaling else {}))
-  if (folder / "result.json").exists():
-    result = json.loads((folder / "result.json").read_text())
-    if result["config"] == record:
-      rich.print(f"Finished on {result['finished']}; delete {folder} to run it again.")
-      return report(result)
+  if result := finished_result(folder, record):
+    return print_metrics(result)
   start = time.perf_counter()
   run: Callable[..., tuple[dict[str, Any], str] | None] = scale if config.scaling else quality
   found = run(config, folder / "figure.png")
@@ -408,7 +396,7 @@ def main(config: Config) -> None:
     seed=[0] if config.scaling else list(range(config.seeds)),
     wall_time=time.perf_counter() - start,
   )
-  report(json.loads(path.read_text()))
+  print_metrics(json.loads(path.read_text()))
   rich.print(f"Everything is in {folder}.")
 
 

@@ -32,7 +32,7 @@ from jaxlab import data, memory, train
 from jaxlab.data import planetoid, synthetic
 from jaxlab.graph import common_neighbors, evaluation, sparse
 from jaxlab.graph.links import topological_concentration as tc
-from jaxlab.train.result import settings
+from jaxlab.train.result import finished_result, settings
 
 EDGES = (100_000, 200_000, 400_000, 800_000, 1_600_000, 3_200_000, 6_400_000, 10_000_000)  # of the scaling study
 NODES, EXACT = 50_000, 800_000  # and the largest graph for exact TC of two levels, whose trees grow with density
@@ -411,11 +411,8 @@ def main(config: Config) -> None:
   name = f"{config.dataset}-{config.conv}-{config.epochs}x{config.seeds}{'-centre' * config.centre}"
   folder = config.workdir / ("scaling" if config.scaling else f"shift-{config.seeds}" if config.shift else name)
   record = settings(dataclasses.asdict(config))
-  if (folder / "result.json").exists():
-    result = json.loads((folder / "result.json").read_text())
-    if result["config"] == record:
-      rich.print(f"Finished on {result['finished']}; delete {folder} to run it again.")
-      return report(result)
+  if result := finished_result(folder, record):
+    return report(result)
   folder.mkdir(parents=True, exist_ok=True)
   start, published = time.perf_counter(), {}
   if config.scaling:

@@ -1,6 +1,7 @@
-"""Argument checks that the loaders share: each raises a `ValueError` that names argument, value and expectation."""
+"""Argument checks that loaders and host code share: each raises a `ValueError` with argument, value and expectation."""
 
 import operator
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,11 @@ def count(name: str, value: Any, minimum: int, maximum: int | None = None) -> in
   if isinstance(value, bool) or number < minimum or (maximum is not None and number > maximum):
     raise ValueError(f"{name}: got {value!r}, expected {expected}")
   return number
+
+
+def threads(value: Any) -> int:
+  """How many threads to run on: as asked for, or for None one for each core that the process may use."""
+  return len(os.sched_getaffinity(0)) if value is None else count("threads", value, 1)
 
 
 def fraction(name: str, value: Any, low: float = 0.0, high: float = 1.0) -> float:

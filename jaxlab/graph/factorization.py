@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from jaxlab.data import checks
 from jaxlab.graph import sparse
 
 
@@ -107,8 +108,7 @@ def _check(operator, dim, window, negatives, oversample, iterations):
     ("oversample", oversample, 0),
     ("iterations", iterations, 0),
   ):
-    if not isinstance(value, int | np.integer) or value < least:
-      raise ValueError(f"{name}: got {value!r}, expected a whole number, at least {least}")
+    checks.count(name, value, least)
   if not isinstance(negatives, jax.core.Tracer) and not negatives > 0:
     raise ValueError(f"negatives: got {negatives}, expected a number above 0")
   if isinstance(operator.values, jax.core.Tracer):

@@ -29,6 +29,7 @@ from jaxlab import interop
 from jaxlab.nn.attention import multi_head_attention
 from jaxlab.nn.conv import DepthwiseConv, StridedConv
 from jaxlab.nn.drop_path import DropPath, linear_rates
+from jaxlab.nn.module import check_images, precision
 from jaxlab.nn.neighborhood_attention import neighborhood_attention
 from jaxlab.nn.resize import resize
 from jaxlab.nn.rotary import rotary_2d
@@ -64,7 +65,7 @@ class Mixer(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"], *, train: bool = False) -> Float[Array, "b h w c"]:
     """Args: x, maps with sides of at least `window`. Returns maps of the same shape."""
-    options = _precision(self)
+    options = precision(self)
     batch, height, width, channels = x.shape
     heads, side = self.num_heads, 2 * self.window - 1
     dense: Any = functools.partial(nn.Dense, kernel_init=_init, **options)
@@ -108,7 +109,7 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     """Args: x, maps. Returns maps of the same shape."""
-    options = _precision(self)
+    options = precision(self)
     u = nn.gelu(nn.Dense(self.hidden, kernel_init=_init, name="fc1", **options)(x), approximate=False)
     u = u + DepthwiseConv(3, kernel_init=_init, name="conv", **options)(u)
     return nn.Dense(x.shape[-1], kernel_init=_init, name="fc2", **options)(u)
@@ -136,7 +137,7 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
     """Args: x, maps. `train` is positional for `nn.remat`. Returns maps of the same shape."""
-    options = _precision(self)
+    options = precision(self)
     local: Any = functools.partial(DepthwiseConv, 3, kernel_init=_init, **options)
     norm = functools.partial(nn.LayerNorm, 1e-6, **options)
 
@@ -214,7 +215,7 @@ class Encoder(nn.Module):
       ValueError: images of wrong rank, dtype, channels or size; attributes that contradict each other.
     """
     self._check(images)
-    options = _precision(self)
+    options = precision(self)
     norm: Any = functools.partial(
       nn.BatchNorm, not train, momentum=0.9, epsilon=1e-5, axis_name=self.axis_name, **options
     )  # fmt: skip
@@ -249,7 +250,7 @@ class Encoder(nn.Module):
     return nn.Dense(self.num_classes, kernel_init=_init, name="head", **options)(x.mean((1, 2)))
 
   def _check(self, images: Array) -> None:
-    _check_images(images, self.in_channels)
+    check_images(images, self.in_channels)
     for name in ("depths", "heads", "windows", "mlp_ratios"):
       if len(getattr(self, name)) != len(self.widths):
         raise ValueError(f"{name}: got {getattr(self, name)}, expected one a stage, {len(self.widths)}")
@@ -308,7 +309,7 @@ class Decoder(nn.Module):
     """
     if len(maps) != 3 or maps[0].shape[1] % 4 or maps[0].shape[2] % 4:
       raise ValueError(f"maps: got {[m.shape for m in maps]}, expected three, sides of the first multiples of 4")
-    options = _precision(self)
+    options = precision(self)
 
     def relu_norm(y: Array, name: str) -> Array:
       norm = nn.BatchNorm(
@@ -372,7 +373,7 @@ class SegMAN(nn.Module):
     """
     if self.encoder.num_classes:
       raise ValueError(f"encoder: got one with {self.encoder.num_classes} classes, expected num_classes 0")
-    _check_images(images, self.encoder.in_channels)
+    check_images(images, self.encoder.in_channels)
     if images.shape[1] % 32 or images.shape[2] % 32:
       raise ValueError(f"images: got {images.shape[1]}x{images.shape[2]} pixels, expected multiples of 32")
     maps: Any = self.encoder(images, train=train)
@@ -391,19 +392,6 @@ def pixel_unshuffle(x: Float[Array, "b h w c"], side: int) -> Float[Array, "b i 
     raise ValueError(f"x: got {height}x{width} pixels, expected multiples of {side}")
   x = x.reshape(batch, height // side, side, width // side, side, channels)
   return x.transpose(0, 1, 3, 5, 2, 4).reshape(batch, height // side, width // side, -1)
-
-
-def _check_images(images: Array, channels: int) -> None:
-  if images.ndim != 4:
-    raise ValueError(f"images: got shape {images.shape}, expected [batch, height, width, channels]")
-  if not jnp.issubdtype(images.dtype, jnp.floating):
-    raise ValueError(f"images: got dtype {images.dtype}, expected floats, already normalised")
-  if images.shape[-1] != channels:
-    raise ValueError(f"images: got {images.shape[-1]} channels, expected in_channels, {channels}, last")
-
-
-def _precision(module: Any) -> dict[str, Any]:
-  return {"dtype": module.dtype, "param_dtype": module.param_dtype}
 
 
 # The published variants: encoder, width and map width of the decoder.

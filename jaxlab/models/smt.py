@@ -32,6 +32,7 @@ from jaxlab import interop
 from jaxlab.nn.attention import multi_head_attention
 from jaxlab.nn.conv import DepthwiseConv, GroupedPointwiseConv, StridedConv
 from jaxlab.nn.drop_path import DropPath, linear_rates
+from jaxlab.nn.module import check_images, precision
 
 Mixer = Literal["modulation", "attention", "alternate"]
 HYBRID: tuple[Mixer, ...] = ("modulation", "modulation", "alternate", "attention")
@@ -75,7 +76,7 @@ class ScaleAwareModulation(nn.Module):
     channels, heads = x.shape[-1], len(self.kernel_sizes)
     if channels % heads:
       raise ValueError(f"widths: got {channels}, expected a multiple of the {heads} modulation heads")
-    options = _precision(self)
+    options = precision(self)
     dense = functools.partial(nn.Dense, channels, kernel_init=_dense_init, **options)
     local = functools.partial(DepthwiseConv, kernel_init=_conv_init(channels // heads), **options)
 
@@ -117,7 +118,7 @@ class LocalAttention(nn.Module):
     batch, _, _, channels = x.shape
     if channels % self.head_dim:
       raise ValueError(f"widths: got {channels}, expected a multiple of head_dim, {self.head_dim}")
-    options = _precision(self)
+    options = precision(self)
     dense = functools.partial(nn.Dense, kernel_init=_dense_init, **options)
 
     query = dense(features=channels, name="q")(x)
@@ -144,7 +145,7 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     """Args: x, maps. Returns maps of the same shape."""
-    options = _precision(self)
+    options = precision(self)
     channels, hidden = x.shape[-1], int(x.shape[-1] * self.ratio)
     u = nn.Dense(hidden, kernel_init=_dense_init, name="fc1", **options)(x)
     u = _gelu(u + DepthwiseConv(3, kernel_init=_conv_init(hidden), name="local_conv", **options)(u))
@@ -166,7 +167,7 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
     """Args: x, maps. `train` is positional for `nn.remat`. Returns maps of the same shape."""
-    options = _precision(self)
+    options = precision(self)
 
     def add(branch: Array, number: int) -> Array:
       if self.layer_scale is not None:
@@ -195,7 +196,7 @@ class Stem(nn.Module):
   @nn.compact
   def __call__(self, images: Float[Array, "b i j d"], *, train: bool = False) -> Float[Array, "b h w c"]:
     """Args: images. Returns maps of a quarter of the sides."""
-    options = _precision(self)
+    options = precision(self)
     conv = functools.partial(StridedConv, self.width, stride=2, kernel_init=_conv_init(), **options)
     x = conv(kernel_size=self.kernel_size, padding=self.kernel_size // 2, use_bias=False, name="conv1")(images)
     x = nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, axis_name=self.axis_name, name="norm1", **options)(x)
@@ -256,7 +257,7 @@ class SMT(nn.Module):
       ValueError: images of wrong rank, dtype, size or channels; attributes that contradict each other.
     """
     self._check(images)
-    options = _precision(self)
+    options = precision(self)
     block: Any = functools.partial(
       nn.remat(Block, static_argnums=(2,)) if self.remat else Block,
       head_dim=self.head_dim,
@@ -284,12 +285,7 @@ class SMT(nn.Module):
     return nn.Dense(self.num_classes, kernel_init=_dense_init, name="head", **options)(x.mean((1, 2)))
 
   def _check(self, images: Array) -> None:
-    if images.ndim != 4:
-      raise ValueError(f"images: got shape {images.shape}, expected [batch, height, width, channels]")
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-      raise ValueError(f"images: got dtype {images.dtype}, expected floats, already normalised")
-    if images.shape[-1] != self.in_channels:
-      raise ValueError(f"images: got {images.shape[-1]} channels, expected in_channels, {self.in_channels}, last")
+    check_images(images, self.in_channels)
     if min(images.shape[1:3]) < 3:
       raise ValueError(f"images: got {images.shape[1]}x{images.shape[2]} pixels, expected at least 3x3")
     if self.num_classes < 1:
@@ -317,10 +313,6 @@ def _mixer(kind: Mixer, block: int) -> Literal["modulation", "attention"]:
 
 def _gelu(x: Array) -> Array:
   return nn.gelu(x, approximate=False)
-
-
-def _precision(module: Any) -> dict[str, Any]:
-  return {"dtype": module.dtype, "param_dtype": module.param_dtype}
 
 
 # The published variants (paper, table 2, and the official configurations). Drop paths are those of ImageNet-1k.

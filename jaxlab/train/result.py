@@ -14,6 +14,8 @@ from typing import Any
 
 import jax
 import numpy as np
+import rich
+import rich.table
 
 from jaxlab.train import checks
 
@@ -87,6 +89,34 @@ def write_result(
   temporary.write_text(text)
   temporary.replace(path)
   return path
+
+
+def finished_result(workdir: str | os.PathLike, config: Any) -> dict[str, Any] | None:
+  """What `write_result` left in `workdir`, if it was under the same settings; says so.
+
+  Args:
+    workdir: folder of the run.
+    config: dataclass or mapping of the settings.
+
+  Returns:
+    The result, or None where there is none or settings differ.
+  """
+  path = Path(workdir) / "result.json"
+  if not path.exists():
+    return None
+  result = json.loads(path.read_text())
+  if result["config"] != settings(config):
+    return None
+  rich.print(f"Finished on {result['finished']}; delete {workdir} to run it again.")
+  return result
+
+
+def print_metrics(result: Mapping[str, Any]) -> None:
+  """A table of a result's metrics: mean and standard deviation, four digits each."""
+  table = rich.table.Table("metric", "mean", "std. deviation", title=result["dataset"])
+  for name, metric in result["metrics"].items():
+    table.add_row(name, *("" if number is None else f"{number:.4g}" for number in (metric["mean"], metric["std"])))
+  rich.print(table)
 
 
 def settings(config: Any) -> dict[str, Any]:

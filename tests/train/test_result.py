@@ -11,6 +11,7 @@ import pytest
 
 from jaxlab import train
 from jaxlab.train import figures
+from jaxlab.train import result as result_module
 
 
 @dataclasses.dataclass
@@ -53,6 +54,21 @@ def test_result_holds_everything(tmp_path):
   assert result["device"]["count"] == jax.device_count()
   assert result["command"] == "python experiments/dagnn.py"
   assert result["wall_time"] == 12.346
+
+
+def test_a_finished_result_is_found_by_its_settings(tmp_path, capsys):
+  assert result_module.finished_result(tmp_path, Config()) is None
+  path = write(tmp_path)
+  assert result_module.finished_result(tmp_path, Config()) == json.loads(path.read_text())
+  assert "Finished on" in capsys.readouterr().out
+  assert result_module.finished_result(tmp_path, result_module.settings(Config())) is not None
+  assert result_module.finished_result(tmp_path, Config(rate=0.2)) is None
+
+
+def test_metrics_as_a_table(tmp_path, capsys):
+  result_module.print_metrics(json.loads(write(tmp_path).read_text()))
+  printed = capsys.readouterr().out
+  assert "digits, 1797 nodes" in printed and "0.6" in printed and "0.1414" in printed
 
 
 def test_a_failed_write_leaves_the_old_result(tmp_path):

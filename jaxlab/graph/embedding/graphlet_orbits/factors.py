@@ -6,6 +6,7 @@ import numpy as np
 import scipy.sparse
 from jaxtyping import Array, Float, Num, PRNGKeyArray
 
+from jaxlab.data import checks
 from jaxlab.graph import factorization, sparse
 
 
@@ -70,8 +71,7 @@ def walk_adjacency(graph: scipy.sparse.csr_array, steps: int) -> scipy.sparse.cs
   Raises:
     ValueError: steps out of range.
   """
-  if not isinstance(steps, int | np.integer) or steps < 1:
-    raise ValueError(f"steps: got {steps!r}, expected a whole number, at least 1")
+  steps = checks.count("steps", steps, 1)
   a = scipy.sparse.csr_array(graph, dtype=np.float64)
   degree = a.sum(axis=1)
   transition = scipy.sparse.diags_array(np.divide(1, degree, out=np.zeros_like(degree), where=degree > 0)) @ a
@@ -111,11 +111,8 @@ def embed(
       f"matrix: got a {type(matrix).__name__} of {np.shape(matrix)}, expected [N, N], an Operator if sparse"
     )
   n = matrix.shape[0]
-  for name, value, low, high in (("dim", dim, 1, n), ("iterations", iterations, 1, None)):
-    if not isinstance(value, int | np.integer) or value < low or (high is not None and value > high):
-      raise ValueError(f"{name}: got {value!r}, expected a whole number from {low} to {high or 'any'}")
-  if not isinstance(oversampling, int | np.integer) or oversampling < 0:
-    raise ValueError(f"oversampling: got {oversampling!r}, expected a whole number, at least 0")
+  dim = checks.count("dim", dim, 1, n)
+  iterations, oversampling = checks.count("iterations", iterations, 1), checks.count("oversampling", oversampling, 0)
   start = jax.random.normal(key, (n, min(n, dim + oversampling)))
 
   def multiply(x):

@@ -7,7 +7,6 @@ hop 3 sum_{a at distance 2 of i} d_a, of which 16 rows at a time share one pass.
 import concurrent.futures
 import dataclasses
 import functools
-import os
 import queue
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -17,6 +16,7 @@ import numpy as np
 import scipy.sparse
 from jaxtyping import Int32, Int64
 
+from jaxlab.data import checks
 from jaxlab.graph.embedding.graphlet_orbits import counting
 from jaxlab.graph.embedding.graphlet_orbits.counting import ORBIT_PAIRS, OrbitPair
 
@@ -86,10 +86,9 @@ def stream(
     ValueError: a graph of another form (directed, loops, 2^31 entries), an unknown pair, an option out of range.
   """
   hops = {pair[0] for pair in _check_pairs(pairs)}
-  if not isinstance(rows, int | np.integer) or isinstance(rows, bool) or rows < 1:
-    raise ValueError(f"rows: got {rows!r}, expected a whole number, at least 1")
+  rows = checks.count("rows", rows, 1)
   starts, columns = _check_graph(graph)
-  return _blocks(starts, columns, hops, rows, _threads(threads))
+  return _blocks(starts, columns, hops, rows, checks.threads(threads))
 
 
 def orbit_adjacencies(
@@ -99,7 +98,7 @@ def orbit_adjacencies(
 
   (3, 4, 4) is close to dense on most networks of a few thousand nodes, where hops are few: 12 bytes an entry.
   """
-  pairs, threads = _check_pairs(pairs), _threads(threads)
+  pairs, threads = _check_pairs(pairs), checks.threads(threads)
   blocks = list(stream(graph, pairs, threads=threads))
   largest_first = sorted(pairs, reverse=True)
   with concurrent.futures.ThreadPoolExecutor(threads) as pool:
@@ -190,14 +189,6 @@ def _block(graph: counting.Graph, work: counting.Work, low: int, high: int, hops
   return Block(low, high, graph.starts.size - 1, {hop: made[hop] for hop in sorted(hops)})
 
 
-def _threads(threads: int | None) -> int:
-  if threads is None:
-    return len(os.sched_getaffinity(0))
-  if not isinstance(threads, int | np.integer) or isinstance(threads, bool) or threads < 1:
-    raise ValueError(f"threads: got {threads!r}, expected a whole number, at least 1")
-  return int(threads)
-
-
 def _check_pairs(pairs: Iterable[OrbitPair]) -> list[OrbitPair]:
   pairs = list(pairs)
   unknown = [pair for pair in pairs if pair not in _PLACES]
@@ -213,13 +204,13 @@ def _check_graph(graph: Any) -> tuple[np.ndarray, np.ndarray]:
     raise ValueError(f"graph: got a {type(graph).__name__} of {what}, expected a sparse [N, N], N at least 1")
   if graph.nnz >= 2**31:
     raise ValueError(f"graph: got {graph.nnz} entries, expected fewer than 2^31, where sums of int32 are exact")
-  n = graph.shape[0]
-  pattern = scipy.sparse.csr_array((np.ones(graph.nnz, np.int8), graph.tocsr().indices, graph.tocsr().indptr), (n, n))
+  n, rows = graph.shape[0], graph.tocsr()
+  pattern = scipy.sparse.csr_array((np.ones(graph.nnz, np.int8), rows.indices, rows.indptr), (n, n))
   pattern = pattern.copy()
   pattern.sum_duplicates()
   if pattern.nnz < graph.nnz:
     raise ValueError(f"graph: got {graph.nnz - pattern.nnz} entries twice, expected each edge once in each direction")
-  if not np.all(graph.tocsr().data):
+  if not np.all(rows.data):
     raise ValueError("graph: got stored zeros, expected an entry for each edge alone")
   if pattern.diagonal().any():
     raise ValueError(f"graph: got {np.count_nonzero(pattern.diagonal())} self-loops, expected none")

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxlab.data import checks
 from jaxlab.graph.embedding.graphvite import _kernels
 
 
@@ -47,7 +48,7 @@ def zigzag(degree: Float[np.ndarray, " N"], num_parts: int) -> Partition:
   degree = np.asarray(degree)
   if degree.ndim != 1:
     raise ValueError(f"degree: got shape {degree.shape}, expected [N]")
-  check_whole("num_parts", num_parts, 1)
+  checks.count("num_parts", num_parts, 1)
   if num_parts > len(degree):
     raise ValueError(f"num_parts: got {num_parts}, expected at most {len(degree)}, the number of nodes")
   rank = np.empty(len(degree), np.int64)
@@ -72,8 +73,8 @@ def schedule(num_parts: int, num_workers: int) -> Int[np.ndarray, "steps W 2"]:
 
   Source: `get_schedule` of the official code.
   """
-  check_whole("num_workers", num_workers, 1)
-  check_whole("num_parts", num_parts, 1)
+  checks.count("num_workers", num_workers, 1)
+  checks.count("num_parts", num_parts, 1)
   if num_parts % num_workers:
     raise ValueError(f"num_parts: got {num_parts}, expected a multiple of num_workers, {num_workers}")
   groups, i = range(0, num_parts, num_workers), np.arange(num_workers)
@@ -111,9 +112,3 @@ def from_blocks(blocks: Float[np.ndarray, "P n d"], partition: Partition) -> Flo
   """Inverse of `to_blocks`."""
   rows = partition.place[:, 0] * np.int64(blocks.shape[1]) + partition.place[:, 1]
   return np.take(blocks.reshape(-1, *blocks.shape[2:]), rows, axis=0)
-
-
-def check_whole(name: str, value: object, low: int) -> None:
-  """Raises ValueError unless the value is a whole number from `low` on."""
-  if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < low:
-    raise ValueError(f"{name}: got {value!r}, expected a whole number, at least {low}")

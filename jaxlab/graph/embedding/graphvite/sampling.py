@@ -3,15 +3,15 @@
 import concurrent.futures
 import dataclasses
 import math
-import os
 from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse
 from jaxtyping import Float, Int
 
+from jaxlab.data import checks
 from jaxlab.graph.embedding.graphvite import _kernels
-from jaxlab.graph.embedding.graphvite.partition import Partition, check_whole
+from jaxlab.graph.embedding.graphvite.partition import Partition
 
 _STREAMS = 8  # independent sequences of random numbers that fill a pool, whatever the threads
 _WASTE = 100  # pairs drawn for each place in a pool before blocks are held to be unreachable
@@ -44,7 +44,7 @@ class Sampling:
       step = min(self.walk_length, max(1, int(math.log(1600) / math.log(density)))) if density > 1 else 1
     base = step if self.shuffle_base is None else self.shuffle_base
     for name, value in (("walk_length", self.walk_length), ("augmentation_step", step), ("shuffle_base", base)):
-      check_whole(name, value, 1)
+      checks.count(name, value, 1)
     if step > self.walk_length:
       raise ValueError(f"augmentation_step: got {step}, expected at most walk_length, {self.walk_length}")
     for name, number in (("p", self.p), ("q", self.q)):
@@ -87,7 +87,7 @@ def graph(
   Raises:
     ValueError: an argument of another shape or range.
   """
-  check_whole("num_nodes", num_nodes, 1)
+  checks.count("num_nodes", num_nodes, 1)
   edges = np.asarray(edges)
   if edges.ndim != 2 or edges.shape[0] != 2 or edges.shape[1] == 0:
     raise ValueError(f"edges: got shape {edges.shape}, expected [2, E] with E at least 1")
@@ -128,7 +128,7 @@ def walks(
   Returns:
     [count, L + 1] nodes; [count] steps made, less than L where a walk met a dead end (what follows is -1).
   """
-  check_whole("count", count, 1)
+  checks.count("count", count, 1)
   sampling = sampling.resolve(len(graph.degree), graph.num_edges)
   chains, lengths = np.full((count, sampling.walk_length + 1), -1, np.int32), np.empty(count, np.int64)
   _kernels.walk(graph.walkable, _seed(seed), 0, 1 / sampling.p, 1 / sampling.q, chains, lengths)
@@ -166,10 +166,10 @@ def pool(
   sampling = sampling.resolve(len(graph.degree), graph.num_edges)
   step, base = sampling.augmentation_step, sampling.shuffle_base
   assert step is not None and base is not None
-  check_whole("block_samples", block_samples, 1)
+  checks.count("block_samples", block_samples, 1)
   if block_samples % base:
     raise ValueError(f"block_samples: got {block_samples}, expected a multiple of shuffle_base, {base}")
-  threads = check_threads(threads)
+  threads = checks.threads(threads)
   parts = len(partition.sizes)
   samples = np.empty((parts, parts, block_samples, 2), np.int32)
   streams = min(_STREAMS, block_samples)
@@ -189,14 +189,6 @@ def pool(
   if min(drawn) < 0:
     raise ValueError(f"num_parts: got {parts}, expected few enough for walks to join every part with every other")
   return samples
-
-
-def check_threads(threads: int | None) -> int:
-  """The number of threads: by default that of the cores."""
-  if threads is None:
-    return len(os.sched_getaffinity(0))
-  check_whole("threads", threads, 1)
-  return threads
 
 
 def _seed(*numbers: int) -> np.uint64:

@@ -12,8 +12,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from jaxlab.data import checks
 from jaxlab.graph.embedding.graphvite import _kernels, device, partition
-from jaxlab.graph.embedding.graphvite.sampling import Graph, Sampling, check_threads, pool
+from jaxlab.graph.embedding.graphvite.sampling import Graph, Sampling, pool
 from jaxlab.graph.embedding.graphvite.sampling import graph as prepare
 
 Backend = Literal["host", "device"]
@@ -58,10 +59,10 @@ class Training:
 
   def __post_init__(self) -> None:
     for name, low in (("num_negatives", 1), ("batch_size", 1)):
-      partition.check_whole(name, getattr(self, name), low)
+      checks.count(name, getattr(self, name), low)
     for name in ("num_workers", "num_parts", "block_samples", "micro_batch"):
       if getattr(self, name) is not None:
-        partition.check_whole(name, getattr(self, name), 1)
+        checks.count(name, getattr(self, name), 1)
     for name, low in (("epochs", False), ("learning_rate", False), ("negative_weight", True), ("weight_decay", True)):
       value = getattr(self, name)
       if not (0 <= value < math.inf and (low or value > 0)):
@@ -131,8 +132,8 @@ def embed(
     raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(get_args(Backend))}")
   if mesh is not None and backend == "host":
     raise ValueError("mesh: got one, expected none for the host backend")
-  partition.check_whole("dim", dim, 1)
-  threads = check_threads(threads)
+  checks.count("dim", dim, 1)
+  threads = checks.threads(threads)
   graph = prepare(edges, num_nodes, weights, directed=directed, normalize=normalize)
   sampling = sampling.resolve(num_nodes, graph.num_edges)
   plan = _plan(graph, dim, sampling, training, backend, mesh)
