@@ -6,7 +6,7 @@ import numpy as np
 import sklearn.model_selection
 from jaxtyping import Float, Int, UInt8
 
-from jaxlab.data import checks
+from jaxlab import checks
 
 
 class Images(TypedDict):
@@ -38,8 +38,8 @@ def stratified(images: Images, *, val: float, test: float, seed: int) -> ImageSp
     test: fraction for testing, in (0, 1); the two leave some for training.
     seed: of the shuffle; the same seed gives the same splits.
   """
-  checks.fraction("val", val, 0.0, 1.0)
-  checks.fraction("test", test, 0.0, 1.0)
+  checks.real("val", val, 0.0, 1.0)
+  checks.real("test", test, 0.0, 1.0)
   checks.count("seed", seed, 0)
   label = images["label"]
   n, classes = len(label), len(np.unique(label))

@@ -3,7 +3,8 @@
 import numpy as np
 import sklearn.datasets
 
-from jaxlab.data import arrays, checks, node
+from jaxlab import checks
+from jaxlab.data import arrays, node
 from jaxlab.data.arrays import Images, ImageSplits
 from jaxlab.data.node import NodeDataset
 

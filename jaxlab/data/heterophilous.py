@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxlab.data import checks, files, node
+from jaxlab import checks
+from jaxlab.data import files, node
 from jaxlab.data.node import NodeDataset
 
 URL = "https://github.com/yandex-research/heterophilous-graphs/raw/main/data/"

@@ -11,7 +11,7 @@ import PIL.ImageEnhance
 import PIL.ImageOps
 from jaxtyping import UInt8
 
-from jaxlab.data import checks
+from jaxlab import checks
 
 _MEAN = (124, 116, 104)  # colour of what a shifted image leaves free
 _BICUBIC = PIL.Image.Resampling.BICUBIC
@@ -71,8 +71,8 @@ def rand_augment(
     std: its standard deviation; strengths are cut to [0, 10].
   """
   checks.count("layers", layers, 0)
-  checks.fraction("probability", probability)
-  checks.fraction("magnitude", magnitude, 0.0, 10.0)
+  checks.real("probability", probability)
+  checks.real("magnitude", magnitude, 0.0, 10.0)
   return np.asarray(_rand_augment(_picture(image), rng, layers, probability, magnitude, std))
 
 

@@ -19,7 +19,7 @@ import PIL.Image
 import tensorflow_datasets as tfds
 from jaxtyping import Float, Shaped, UInt8
 
-from jaxlab.data import checks
+from jaxlab import checks
 from jaxlab.data.arrays import Images
 
 # Of the training pixels after scaling to [0, 1].

@@ -6,7 +6,7 @@ import numpy as np
 import scipy.sparse
 from jaxtyping import Bool, Float, Int
 
-from jaxlab.data import checks
+from jaxlab import checks
 
 
 class NodeDataset(NamedTuple):

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.sparse
 
-from jaxlab.data import checks, files, node
+from jaxlab import checks
+from jaxlab.data import files, node
 from jaxlab.data.node import NodeDataset
 
 URL = "https://github.com/kimiyoung/planetoid/raw/master/data/"

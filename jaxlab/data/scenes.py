@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxlab.data import checks
+from jaxlab import checks
 
 CLASSES = (
   "background",

@@ -11,7 +11,8 @@ import numpy as np
 import scipy.sparse
 from jaxtyping import Float, Int
 
-from jaxlab.data import checks, node
+from jaxlab import checks
+from jaxlab.data import node
 from jaxlab.data.node import NodeDataset
 
 Edges = tuple[Int[np.ndarray, " e"], Int[np.ndarray, " e"]]
@@ -60,12 +61,12 @@ def citation(
   """
   checks.count("num_classes", num_classes, 2)
   checks.count("num_nodes", num_nodes, 8 * num_classes)
-  checks.fraction("mean_degree", mean_degree, 0.0, num_nodes / num_classes / 4)
-  checks.fraction("homophily", homophily)
-  checks.fraction("degree_exponent", degree_exponent, 2.0001, 1e6)
+  checks.real("mean_degree", mean_degree, 0.0, num_nodes / num_classes / 4)
+  checks.real("homophily", homophily)
+  checks.real("degree_exponent", degree_exponent, 2.0001, 1e6)
   checks.count("num_features", num_features, num_classes)
   checks.count("words_per_node", words_per_node, 1)
-  checks.fraction("topic_share", topic_share)
+  checks.real("topic_share", topic_share)
   rng = np.random.default_rng(checks.count("seed", seed, 0))
 
   labels = rng.permutation(np.arange(num_nodes) % num_classes).astype(np.int32)
@@ -230,9 +231,9 @@ def fans(
   checks.count("num_communities", num_communities, 1)
   checks.count("num_accounts", num_accounts, num_communities, 2**31 - 1)
   checks.count("num_fans", num_fans, 1)
-  checks.fraction("mean_follows", mean_follows, 0.0, 1e6)
-  checks.fraction("loyalty", loyalty)
-  checks.fraction("popularity_exponent", popularity_exponent, 2.0001, 1e6)
+  checks.real("mean_follows", mean_follows, 0.0, 1e6)
+  checks.real("loyalty", loyalty)
+  checks.real("popularity_exponent", popularity_exponent, 2.0001, 1e6)
   checks.count("part", part, 0)
   rng = np.random.default_rng(checks.count("seed", seed, 0))
   labels = rng.permutation(np.arange(num_accounts) % num_communities).astype(np.int32)

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from jaxlab.data import checks, files
+from jaxlab import checks
+from jaxlab.data import files
 
 
 class EventStream(NamedTuple):
@@ -294,9 +295,9 @@ def communities(
   checks.count("num_communities", num_communities, 1)
   checks.count("num_nodes", num_nodes, 2 * num_communities)
   checks.count("num_events", num_events, 1)
-  checks.fraction("repeat", repeat)
-  checks.fraction("closure", closure, 0.0, 1 - repeat)
-  checks.fraction("inside", inside)
+  checks.real("repeat", repeat)
+  checks.real("closure", closure, 0.0, 1 - repeat)
+  checks.real("inside", inside)
   rng = np.random.default_rng(checks.count("seed", seed, 0))
   community = rng.permutation(np.arange(num_nodes) % num_communities)
   members = [np.flatnonzero(community == c) for c in range(num_communities)]
@@ -371,8 +372,8 @@ def transductive_split(stream: EventStream, *, validation: float = 0.15, test: f
   Raises:
     ValueError: shares out of range, or a part without events.
   """
-  checks.fraction("validation", validation)
-  checks.fraction("test", test, 0.0, 1 - validation)
+  checks.real("validation", validation)
+  checks.real("test", test, 0.0, 1 - validation)
   first, second = np.quantile(stream.times, [1 - validation - test, 1 - test])
   train, last = stream.times <= first, stream.times > second
   return _whole(Split(train, ~train & ~last, last, ~last))
@@ -396,7 +397,7 @@ def inductive_split(
   Raises:
     ValueError: shares out of range, or a part without events.
   """
-  checks.fraction("hidden", hidden)
+  checks.real("hidden", hidden)
   train, middle, last, history = transductive_split(stream, validation=validation, test=test)
   candidates = np.unique(np.concatenate([stream.senders[~train], stream.receivers[~train]]))
   count = min(max(1, int(hidden * stream.num_nodes)), len(candidates))

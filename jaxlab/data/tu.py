@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxlab.data import checks, files
+from jaxlab import checks
+from jaxlab.data import files
 
 URL = "https://github.com/muhanzhang/pytorch_DGCNN/raw/master/data/"
 NUM_FOLDS = 10

@@ -19,7 +19,7 @@ newcomer, equal weights by default, because a relay without data would pass on n
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -29,10 +29,11 @@ import scipy.sparse
 import scipy.sparse.csgraph
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jaxlab import checks
 from jaxlab.decentral import gossip, partition, simulator
 from jaxlab.decentral.partition import Clients
 from jaxlab.decentral.simulator import Peers
-from jaxlab.train import Batch, Learner, Metrics, checks
+from jaxlab.train import Batch, Learner, Metrics
 
 Weights = Literal["uniform", "data"]
 Selection = Literal["degree", "betweenness", "random"]
@@ -71,8 +72,7 @@ def learner(
     A learner on a `World`. Metrics of a round: `loss`, `sent`. `evaluate` takes {"image", "label"} and gives every
     peer's `accuracy` [N], the removed as they were when they vanished.
   """
-  if weights not in get_args(Weights):
-    raise ValueError(f"weights: got {weights!r}, expected one of {get_args(Weights)}")
+  checks.choice("weights", weights, Weights)
 
   def init(key: Key[Array, ""], world: World) -> Peers:
     n = world.clients.num_clients
@@ -182,8 +182,7 @@ def choose_removed(
     by: highest degree, highest betweenness, or random. Ties are broken at random.
     seed: of the draws.
   """
-  if by not in get_args(Selection):
-    raise ValueError(f"by: got {by!r}, expected one of {get_args(Selection)}")
+  checks.choice("by", by, Selection)
   if not 0 <= share <= 1:
     raise ValueError(f"share: got {share}, expected a number in [0, 1]")
   adjacency = np.asarray(adjacency, bool)
@@ -235,8 +234,7 @@ def scenario(
     kind: A, all hold data; B, the same total is held by the others; B', the others hold what they hold in A.
     seed: of the shuffle.
   """
-  if kind not in get_args(Scenario):
-    raise ValueError(f"kind: got {kind!r}, expected one of {get_args(Scenario)}")
+  checks.choice("kind", kind, Scenario)
   removed = np.asarray(removed, bool)
   if kind == "B":
     return partition.iid(labels, len(removed), holders=~removed, seed=seed)

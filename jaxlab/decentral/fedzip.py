@@ -28,9 +28,10 @@ import numba
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from jaxlab import checks
 from jaxlab.decentral import simulator
 from jaxlab.decentral.simulator import Codec
-from jaxlab.train import Learner, checks
+from jaxlab.train import Learner
 
 Method = Literal["huffman", "address", "gap"]
 METHODS: tuple[Method, ...] = get_args(Method)

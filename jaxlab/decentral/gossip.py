@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from jaxlab.train import checks
+from jaxlab import checks
 
 _MANY = 64  # models from which on a matrix product costs more than gathering a few of them
 

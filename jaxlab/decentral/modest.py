@@ -34,9 +34,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from jaxlab import interop
+from jaxlab import checks, interop
 from jaxlab.decentral import gossip, partition, simulator
-from jaxlab.train import Batch, Learner, Metrics, checks
+from jaxlab.train import Batch, Learner, Metrics
 
 Change = Literal["join", "leave"]
 Happening = Literal["crash", "leave", "join"]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxlab.train import checks
+from jaxlab import checks
 
 
 class Clients(NamedTuple):

@@ -24,10 +24,10 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from jaxlab import train
+from jaxlab import checks, train
 from jaxlab.decentral import gossip
 from jaxlab.decentral.partition import Clients
-from jaxlab.train import Batch, Learner, Metrics, TrainState, checks
+from jaxlab.train import Batch, Learner, Metrics, TrainState
 
 Models = TrainState  # of N clients: every leaf has a leading axis [N, ...]
 

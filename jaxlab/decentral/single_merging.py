@@ -16,7 +16,7 @@ round form one stream of reshuffled passes, so that none is smaller than the bat
 """
 
 import dataclasses
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -25,7 +25,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxlab import interop, train
+from jaxlab import checks, interop, train
 from jaxlab.decentral import gossip, partition, simulator
 from jaxlab.decentral.simulator import Peers
 from jaxlab.train import Batch, Learner, Metrics
@@ -55,8 +55,7 @@ class Schedule:
   window: float = 0.0
 
   def __post_init__(self) -> None:
-    if self.kind not in get_args(Kind):
-      raise ValueError(f"kind: got {self.kind!r}, expected one of {get_args(Kind)}")
+    checks.choice("kind", self.kind, Kind)
     for name in ("start", "end", "point", "window"):
       if not 0 <= getattr(self, name) < np.inf:
         raise ValueError(f"{name}: got {getattr(self, name)}, expected a finite number of at least 0")

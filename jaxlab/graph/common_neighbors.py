@@ -21,6 +21,7 @@ import numpy as np
 import scipy.sparse
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlab import checks
 from jaxlab.graph import sparse
 
 # --------------------------------------------------------------------------------------------------------- enumeration
@@ -336,8 +337,7 @@ def pairs(
   """
   if depth < 0:
     raise ValueError(f"depth: got {depth}, expected 0 or more")
-  if not 0 <= edge_dropout < 1:
-    raise ValueError(f"edge_dropout: got {edge_dropout}, expected a rate in [0, 1)")
+  checks.rate("edge_dropout", edge_dropout)
   for name, most in (("max_common", max_common), ("max_exclusive", max_exclusive)):
     if most is not None and most < 1:
       raise ValueError(f"{name}: got {most}, expected a number of neighbours, or None for all")

@@ -11,6 +11,7 @@ import scipy.sparse
 import scipy.sparse.linalg
 from jaxtyping import Array, Float, Int, Key
 
+from jaxlab import checks
 from jaxlab.graph import structure
 
 
@@ -91,8 +92,7 @@ def pagerank(graph: jraph.GraphsTuple, *, damping: float = 0.85, steps: int = 10
   Raises:
     ValueError: damping outside [0, 1).
   """
-  if not 0 <= damping < 1:
-    raise ValueError(f"damping: got {damping}, expected a number in [0, 1)")
+  checks.rate("damping", damping)
   out = np.zeros(structure.num_nodes(graph))
   for first, matrix in _parts(graph):
     n = matrix.shape[0]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxlab.data import checks
+from jaxlab import checks
 from jaxlab.graph import sparse
 
 

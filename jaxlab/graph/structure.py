@@ -22,6 +22,7 @@ import numpy as np
 import scipy.sparse
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlab import checks
 from jaxlab.graph import sparse
 
 Duplicates = Literal["error", "sum", "drop"]
@@ -61,12 +62,12 @@ def from_edges(
   Raises:
     ValueError: naming the argument that is wrong.
   """
-  num_nodes = _count("num_nodes", num_nodes)
+  num_nodes = checks.count("num_nodes", num_nodes, 0, 2**31 - 1)
   senders, receivers = _ids("senders", senders, num_nodes), _ids("receivers", receivers, num_nodes)
   if senders.shape != receivers.shape:
     raise ValueError(f"receivers: got {receivers.size} entries, expected {senders.size}, one per sender")
-  _option("duplicates", duplicates, Duplicates)
-  _option("self_loops", self_loops, SelfLoops)
+  checks.choice("duplicates", duplicates, Duplicates)
+  checks.choice("self_loops", self_loops, SelfLoops)
   _check_nodes(nodes, num_nodes)
   if edges is not None:
     edges = _finite("edges", edges)
@@ -227,7 +228,7 @@ def normalize(
   Source: Kipf and Welling, ICLR 2017, arXiv:1609.02907, equation 2. Degrees count incoming edges where the graph is
   directed, as in PyTorch Geometric's `gcn_norm`.
   """
-  _option("kind", kind, Literal["symmetric", "row"])
+  checks.choice("kind", kind, Literal["symmetric", "row"])
   if self_loops:
     graph = add_self_loops(graph)
   weights = _weights(graph)
@@ -461,17 +462,6 @@ def _ids(name: str, ids: Any, n: int) -> np.ndarray:
     wrong = ids[(ids < 0) | (ids >= n)][0]
     raise ValueError(f"{name}: got node {wrong}, expected nodes in [0, {n})")
   return ids.astype("int64")
-
-
-def _count(name: str, value: Any) -> int:
-  if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value < 2**31:
-    raise ValueError(f"{name}: got {value!r}, expected an integer in [0, 2^31)")
-  return int(value)
-
-
-def _option(name: str, value: Any, options: Any) -> None:
-  if value not in options.__args__:
-    raise ValueError(f"{name}: got {value!r}, expected one of {options.__args__}")
 
 
 def _finite(name: str, values: Any) -> np.ndarray:

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxlab import interop
+from jaxlab import checks, interop
 from jaxlab.nn.attention import multi_head_attention
 from jaxlab.nn.conv import DepthwiseConv, StridedConv
 from jaxlab.nn.drop_path import DropPath, linear_rates
@@ -268,8 +268,7 @@ class Encoder(nn.Module):
         )
     if self.num_classes < 0:
       raise ValueError(f"num_classes: got {self.num_classes}, expected at least 0")
-    if not 0 <= self.drop_path < 1:
-      raise ValueError(f"drop_path: got {self.drop_path}, expected a probability in [0, 1)")
+    checks.rate("drop_path", self.drop_path)
 
 
 class Decoder(nn.Module):

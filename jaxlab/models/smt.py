@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxlab import interop
+from jaxlab import checks, interop
 from jaxlab.nn.attention import multi_head_attention
 from jaxlab.nn.conv import DepthwiseConv, GroupedPointwiseConv, StridedConv
 from jaxlab.nn.drop_path import DropPath, linear_rates
@@ -299,8 +299,7 @@ class SMT(nn.Module):
       raise ValueError(f"depths: got {self.depths}, expected at least one block a stage")
     if self.stem_kernel < 1 or self.stem_kernel % 2 == 0:
       raise ValueError(f"stem_kernel: got {self.stem_kernel}, expected an odd number")
-    if not 0 <= self.drop_path < 1:
-      raise ValueError(f"drop_path: got {self.drop_path}, expected a probability in [0, 1)")
+    checks.rate("drop_path", self.drop_path)
 
 
 def _mixer(kind: Mixer, block: int) -> Literal["modulation", "attention"]:

@@ -9,6 +9,8 @@ import flax.linen as nn
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxlab import checks
+
 
 class DropPath(nn.Module):
   """Zeroes a residual branch of whole samples and scales what is kept by 1 / (1 - rate), so that the mean stays.
@@ -24,8 +26,7 @@ class DropPath(nn.Module):
   @nn.compact
   def __call__(self, branch: Float[Array, "b ..."], *, train: bool) -> Float[Array, "b ..."]:
     """Args: branch, one row a sample. Returns the same shape and dtype."""
-    if not 0 <= self.rate < 1:
-      raise ValueError(f"rate: got {self.rate!r}, expected a probability in [0, 1)")
+    checks.rate("rate", self.rate)
     return nn.Dropout(self.rate, broadcast_dims=tuple(range(1, branch.ndim)))(branch, deterministic=not train)
 
 
@@ -42,7 +43,6 @@ def linear_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
   Raises:
     ValueError: rate out of range.
   """
-  if not 0 <= rate < 1:
-    raise ValueError(f"rate: got {rate!r}, expected a probability in [0, 1)")
+  checks.rate("rate", rate)
   rates = np.linspace(0, rate, sum(depths))
   return [stage.tolist() for stage in np.split(rates, np.cumsum(depths)[:-1])]

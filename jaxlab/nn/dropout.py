@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key, UInt32
 from numba import types
 
-from jaxlab import kernels
+from jaxlab import checks, kernels
 
 _BLOCKS = 4096  # Threefry blocks an item of the host kernel draws
 _word = types.uint32
@@ -33,8 +33,7 @@ def dropout(key: Key[Array, ""], x: Float[Array, "*shape"], rate: float) -> Floa
   Raises:
     ValueError: on another rate.
   """
-  if not 0 <= rate < 1:
-    raise ValueError(f"rate: got {rate}, expected a number in [0, 1)")
+  checks.rate("rate", rate)
   threshold = max(round((1 - rate) * 2**16), 1)
   words = jax.random.bits(key, (2,), "uint32")
   return _drop(threshold, words, x.reshape(-1)).reshape(x.shape)

@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from jaxlab.train import checks
+from jaxlab import checks
 
 _MANIFEST = "manifest.json"
 # Orbax stamps the time of the commit into this file after the manifest is written.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from jaxlab.train import checks
+from jaxlab import checks
 
 Batch: TypeAlias = PyTree
 State: TypeAlias = PyTree
@@ -103,7 +103,7 @@ def supervised(
     ValueError: on a decay outside [0, 1), fewer than one micro-batch, or (while tracing) a batch that does not split.
   """
   if ema_decay is not None:
-    checks.fraction("ema_decay", ema_decay)
+    checks.rate("ema_decay", ema_decay)
   checks.count("accumulate", accumulate)
 
   def init(key: Key[Array, ""], batch: Batch) -> TrainState:
@@ -204,7 +204,7 @@ def cross_entropy(
   Returns:
     (logits [..., C], batch) -> (mean over what counts, in float32; {"accuracy"}, a fraction). An empty mask gives 0.
   """
-  checks.fraction("label_smoothing", label_smoothing)
+  checks.rate("label_smoothing", label_smoothing)
 
   def loss(logits: Float[Array, "... c"], batch: Batch) -> tuple[Float[Array, ""], Metrics]:
     logits, target = logits.astype(jnp.float32), jnp.asarray(labels(batch))

@@ -19,8 +19,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Key, PyTree
 
-from jaxlab import memory
-from jaxlab.train import checks, parallel
+from jaxlab import checks, memory
+from jaxlab.train import parallel
 from jaxlab.train.checkpoint import Checkpoints
 from jaxlab.train.learner import Batch, Learner, Metrics, State
 from jaxlab.train.metrics import Logs

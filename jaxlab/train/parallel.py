@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from jaxlab.train import checks
+from jaxlab import checks
 from jaxlab.train.learner import Batch, Learner, Metrics, State
 
 _AXIS = "data"

@@ -17,7 +17,7 @@ import numpy as np
 import rich
 import rich.table
 
-from jaxlab.train import checks
+from jaxlab import checks
 
 _PACKAGES = ("jaxlab", "jax", "jaxlib", "flax", "optax", "numpy", "scipy")
 

@@ -25,13 +25,14 @@ edges has rows of zeros before standardization, so all such nodes share one embe
 """
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from jaxlab import checks
 from jaxlab.graph import sparse
 
 Kind = Literal["sparse", "gaussian", "orthogonal"]
@@ -56,10 +57,9 @@ def projection(
 
   Source: section 3.2 and Li, Hastie and Church, "Very sparse random projections", KDD 2006.
   """
-  _option("kind", kind, Kind)
+  checks.choice("kind", kind, Kind)
   for name, value in (("n", n), ("dim", dim)):
-    if not isinstance(value, int | np.integer) or value < 1:
-      raise ValueError(f"{name}: got {value!r}, expected a whole number, at least 1")
+    checks.count(name, value)
   if kind == "sparse":
     density = n**-0.5
     uniform = jax.random.uniform(key, (n, dim))
@@ -207,7 +207,7 @@ def _check(operator, projection, similarity, degree_exponent):
     raise ValueError(f"projection: got shape {projection.shape}, expected [{n}, dim], one row for each node")
   if not jnp.issubdtype(projection.dtype, jnp.floating):
     raise ValueError(f"projection: got dtype {projection.dtype}, expected a floating one")
-  _option("similarity", similarity, Similarity)
+  checks.choice("similarity", similarity, Similarity)
   if not isinstance(degree_exponent, jax.core.Tracer) and not -1 <= degree_exponent <= 0:
     raise ValueError(f"degree_exponent: got {degree_exponent}, expected a number in [-1, 0]")
 
@@ -217,8 +217,3 @@ def _check_weights(weights):
   if weights.ndim != 1 or not weights.size:
     raise ValueError(f"weights: got shape {weights.shape}, expected one for each power, [q] with q at least 1")
   return weights
-
-
-def _option(name, value, options):
-  if value not in get_args(options):
-    raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(get_args(options))}")

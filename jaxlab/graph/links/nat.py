@@ -37,7 +37,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from jaxlab import interop
+from jaxlab import checks, interop
 from jaxlab.data.temporal import Batches
 from jaxlab.graph import evaluation, layers
 from jaxlab.graph.links._caches import Slots, insert, join, slot_of, sum_by_key
@@ -652,8 +652,7 @@ def _check_model(model: NAT) -> None:
   for name in ("self_dim", "slot_dim", "time_dim", "position_dim", "num_heads"):
     if getattr(model, name) < 1:
       raise ValueError(f"{name}: got {getattr(model, name)}, expected at least 1")
-  if not 0 <= model.dropout < 1:
-    raise ValueError(f"dropout: got {model.dropout}, expected a rate in [0, 1)")
+  checks.rate("dropout", model.dropout)
   if not 0 <= model.replace_prob <= 1:
     raise ValueError(f"replace_prob: got {model.replace_prob}, expected a probability")
   if model.aggregation not in ("sum", "attention"):

@@ -21,7 +21,7 @@ import numpy as np
 import scipy.sparse.linalg
 from jaxtyping import Array, Float
 
-from jaxlab import interop
+from jaxlab import checks, interop
 from jaxlab.graph import layers, sparse, structure
 
 
@@ -98,8 +98,7 @@ class DAGNN(nn.Module):
   def _check(self, graph, operator):
     if self.hops < 0:
       raise ValueError(f"hops: got {self.hops}, expected at least 0")
-    if not 0 <= self.dropout < 1:
-      raise ValueError(f"dropout: got {self.dropout}, expected a rate in [0, 1)")
+    checks.rate("dropout", self.dropout)
     shape = getattr(graph.nodes, "shape", None)
     if shape is None or len(shape) != 2:
       raise ValueError(f"graph: got nodes of shape {shape}, expected features [N, F]")

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import jraph
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlab import checks
 from jaxlab.graph import encodings, layers, sparse, structure
 from jaxlab.graph.tokens import SubgraphTokens, WalkTokens
 from jaxlab.nn.mamba import BidirectionalMamba
@@ -193,8 +194,7 @@ class GraphMamba(nn.Module):
     ):
       if getattr(self, name) not in options:
         raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {options}")
-    if not 0 <= self.dropout < 1:
-      raise ValueError(f"dropout: got {self.dropout}, expected a rate in [0, 1)")
+    checks.rate("dropout", self.dropout)
     if not 0 <= self.eigenvectors <= shape[1]:
       raise ValueError(f"eigenvectors: got {self.eigenvectors}, expected at most the {shape[1]} node features")
     if self.edge_features and getattr(graph.edges, "ndim", 0) < 1:

@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlab import checks
 from jaxlab.data import files
 from jaxlab.graph.search import _hnsw
 
@@ -110,12 +111,9 @@ def create(
     seed: of the levels, in [1, 2^31 - 2].
   """
   for name, value, low in (("dim", dim, 1), ("max_links", max_links, 2), ("ef_construction", ef_construction, 1)):
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < low:
-      raise ValueError(f"{name}: got {value!r}, expected a whole number, at least {low}")
-  if space not in get_args(Space):
-    raise ValueError(f"space: got {space!r}, expected one of {get_args(Space)}")
-  if not isinstance(seed, int | np.integer) or not 0 < seed < _MODULUS:
-    raise ValueError(f"seed: got {seed!r}, expected a whole number in [1, {_MODULUS - 1}]")
+    checks.count(name, value, low)
+  checks.choice("space", space, Space)
+  checks.count("seed", seed, 1, _MODULUS - 1)
   return Index(
     np.zeros((0, dim), np.float32),
     np.zeros(0, np.int64),
@@ -184,7 +182,7 @@ def add(
     raise ValueError(f"labels: got {labels.dtype} of shape {labels.shape}, expected integers [{len(x)}]")
   if (labels < 0).any() or len(np.unique(labels)) < len(labels):
     raise ValueError("labels: got negative or repeated numbers, expected distinct numbers, at least 0")
-  _threads(threads)
+  checks.count("threads", threads)
 
   order = np.argsort(index.labels[: index.size], kind="stable")
   known = np.searchsorted(index.labels[: index.size], labels, sorter=order)
@@ -292,7 +290,7 @@ def _searched(index, queries, k, ef, allowed, threads):
   counter, graph = np.zeros(1, np.int64), _graph(index)
   scratch = [
     _hnsw.work(len(index.labels), max(ef, k), 2 * index.max_links)
-    for _ in range(min(_threads(threads, least=0) or os.cpu_count() or 1, max(len(x), 1)))
+    for _ in range(min(checks.count("threads", threads, 0) or os.cpu_count() or 1, max(len(x), 1)))
   ]
 
   def run(work: _hnsw.Work) -> None:
@@ -541,16 +539,9 @@ def _vectors(name: str, index: Index, vectors: Any) -> np.ndarray:
   return x
 
 
-def _threads(threads: int, least: int = 1) -> int:
-  if not isinstance(threads, int | np.integer) or threads < least:
-    raise ValueError(f"threads: got {threads!r}, expected a whole number, at least {least}")
-  return int(threads)
-
-
 def _check_counts(k, ef):
-  for name, value in (("k", k), ("ef", ef)):
-    if not isinstance(value, int | np.integer) or value < 1:
-      raise ValueError(f"{name}: got {value!r}, expected a whole number, at least 1")
+  checks.count("k", k)
+  checks.count("ef", ef)
 
 
 def _check_search(index, k, ef):

@@ -6,7 +6,7 @@ import numpy as np
 import scipy.sparse
 from jaxtyping import Array, Float, Num, PRNGKeyArray
 
-from jaxlab.data import checks
+from jaxlab import checks
 from jaxlab.graph import factorization, sparse
 
 

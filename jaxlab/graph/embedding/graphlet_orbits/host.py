@@ -16,7 +16,7 @@ import numpy as np
 import scipy.sparse
 from jaxtyping import Int32, Int64
 
-from jaxlab.data import checks
+from jaxlab import checks
 from jaxlab.graph.embedding.graphlet_orbits import counting
 from jaxlab.graph.embedding.graphlet_orbits.counting import ORBIT_PAIRS, OrbitPair
 

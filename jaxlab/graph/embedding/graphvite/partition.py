@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxlab.data import checks
+from jaxlab import checks
 from jaxlab.graph.embedding.graphvite import _kernels
 
 

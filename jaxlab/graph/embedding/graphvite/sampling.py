@@ -9,7 +9,7 @@ import numpy as np
 import scipy.sparse
 from jaxtyping import Float, Int
 
-from jaxlab.data import checks
+from jaxlab import checks
 from jaxlab.graph.embedding.graphvite import _kernels
 from jaxlab.graph.embedding.graphvite.partition import Partition
 

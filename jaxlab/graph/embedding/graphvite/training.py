@@ -4,7 +4,7 @@ import concurrent.futures
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxlab.data import checks
+from jaxlab import checks
 from jaxlab.graph.embedding.graphvite import _kernels, device, partition
 from jaxlab.graph.embedding.graphvite.sampling import Graph, Sampling, pool
 from jaxlab.graph.embedding.graphvite.sampling import graph as prepare
@@ -128,8 +128,7 @@ def embed(
   """
   if backend is None:
     backend = "host" if jax.default_backend() == "cpu" and mesh is None else "device"
-  if backend not in get_args(Backend):
-    raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(get_args(Backend))}")
+  checks.choice("backend", backend, Backend)
   if mesh is not None and backend == "host":
     raise ValueError("mesh: got one, expected none for the host backend")
   checks.count("dim", dim, 1)

@@ -12,7 +12,7 @@ from pyspark.accumulators import Accumulator, AccumulatorParam
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from jaxlab.data import checks
+from jaxlab import checks
 from jaxlab.graph.embedding.spark_embedding import leaf
 from jaxlab.graph.embedding.spark_embedding.options import Options, leaf_seed, shrinks
 from jaxlab.graph.embedding.spark_embedding.partition import kept, partition, stored

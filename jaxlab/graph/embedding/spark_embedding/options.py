@@ -1,12 +1,12 @@
 """What the Spark job and its single-process reference agree on: options, dimensions, hashes and random keys."""
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int
 
-from jaxlab.data import checks
+from jaxlab import checks
 
 Border = Literal["induced", "cross"]
 Fusion = Literal["concat", "sum"]
@@ -64,11 +64,11 @@ class Options:
       checks.count(name, getattr(self, name), least)
     for name, least in (("grow_steps", 0), ("refine_rounds", 0), ("seed", 0)):
       checks.count(name, getattr(self, name), least, 2**31 - 1)
-    checks.fraction("slack", self.slack, 0.0, 10.0)
-    checks.fraction("stall", self.stall)
-    checks.choice("border", self.border, get_args(Border))
-    checks.choice("fusion", self.fusion, get_args(Fusion))
-    checks.choice("last", self.last, get_args(Last))
+    checks.real("slack", self.slack, 0.0, 10.0)
+    checks.real("stall", self.stall)
+    checks.choice("border", self.border, Border)
+    checks.choice("fusion", self.fusion, Fusion)
+    checks.choice("last", self.last, Last)
 
   def border_dim(self, dim: int, nodes: int, border: int) -> int:
     """d_B: columns for the border among `dim` of a level."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jraph
 from jaxtyping import Array, Float
 
+from jaxlab import checks
 from jaxlab.graph import layers, sparse
 from jaxlab.graph.common_neighbors import Pairs
 
@@ -115,11 +116,9 @@ class Encoder(nn.Module):
       raise ValueError(f"features: got {self.features}, expected at least 1")
     if self.num_layers < 0:
       raise ValueError(f"num_layers: got {self.num_layers}, expected at least 0")
-    if self.conv not in Conv.__args__:
-      raise ValueError(f"conv: got {self.conv!r}, expected one of {Conv.__args__}")
+    checks.choice("conv", self.conv, Conv)
     for name in ("input_dropout", "dropout", "tail_dropout", "edge_dropout"):
-      if not 0 <= getattr(self, name) < 1:
-        raise ValueError(f"{name}: got {getattr(self, name)}, expected a rate in [0, 1)")
+      checks.rate(name, getattr(self, name))
     shape, axes = getattr(graph.nodes, "shape", None), 2 if self.num_embeddings is None else 1
     if shape is None or len(shape) != axes:
       raise ValueError(f"graph: got nodes of shape {shape}, expected {'features [N, F]' if axes == 2 else 'ids [N]'}")
@@ -356,16 +355,14 @@ class Head(nn.Module):
     return self.score(jnp.asarray(self.beta, h.dtype) * common[row] + h, train)[:, 0]
 
   def _check(self, x, pairs):
-    if self.variant not in Variant.__args__:
-      raise ValueError(f"variant: got {self.variant!r}, expected one of {Variant.__args__}")
+    checks.choice("variant", self.variant, Variant)
     if self.inner not in ("official", "paper"):
       raise ValueError(f"inner: got {self.inner!r}, expected 'official' or 'paper'")
     if self.chunk is not None and self.chunk < 1:
       raise ValueError(f"chunk: got {self.chunk}, expected at least 1, or None")
     if self.depth < 0:
       raise ValueError(f"depth: got {self.depth}, expected 0 or more")
-    if not 0 <= self.dropout < 1:
-      raise ValueError(f"dropout: got {self.dropout}, expected a rate in [0, 1)")
+    checks.rate("dropout", self.dropout)
     if x.ndim != 2 or x.shape[1] != self.features:
       raise ValueError(f"x: got shape {x.shape}, expected embeddings [N, {self.features}]")
     if pairs.common.shape[1] != x.shape[0]:

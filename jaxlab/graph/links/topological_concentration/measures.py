@@ -9,7 +9,7 @@ with w = sum_k beta^(k-1) W_k and s = sum_k beta^(k-1) S_k, so each is summed ov
 levels. Multiplicity counts in i's tree only: inter is not symmetric beyond K = 1.
 """
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ import numpy as np
 import scipy.sparse
 from jaxtyping import Array, Float, Key
 
+from jaxlab import checks
 from jaxlab.graph import common_neighbors, sparse
 
 Similarity = Literal["dot", "cosine"]
@@ -56,8 +57,7 @@ def concentration(
   n = _check_graph("graph", graph)
   if targets is not None:
     _check_graph("targets", targets, n)
-  if not isinstance(depth, int | np.integer) or isinstance(depth, bool) or depth < 1:
-    raise ValueError(f"depth: got {depth!r}, expected a whole number of levels, 1 or more")
+  checks.count("depth", depth)
   if decay is None:
     decay = n / max(graph.nnz, 1)
   if not 0 < decay < np.inf:
@@ -292,7 +292,7 @@ def weighted_concentration(
   Source: `update_tc` of the official code.
   """
   _check_entries(operator, weights=weights, overlap=overlap)
-  weights = weights if _option("receiver", receiver, Receiver) == "centre" else weights[operator.transpose_order]
+  weights = weights if checks.choice("receiver", receiver, Receiver) == "centre" else weights[operator.transpose_order]
   weights = jnp.where(operator.rows == operator.columns, 0, weights.astype("float32"))
   total = sparse.segment_sum(operator, weights)
   shared = sparse.segment_sum(operator, weights * overlap)
@@ -364,7 +364,7 @@ def approximate(
     decay: beta.
     similarity: phi; "dot" has the expectation given there, "cosine" is scaled to [-1, 1].
   """
-  _option("similarity", similarity, Similarity)
+  checks.choice("similarity", similarity, Similarity)
   targets = operator if targets is None else targets
   if targets.shape != operator.shape:
     raise ValueError(f"targets: got shape {targets.shape}, expected {operator.shape}, the operator's")
@@ -412,9 +412,3 @@ def _check_entries(operator, **arrays):
   for name, array in arrays.items():
     if array.shape != operator.rows.shape:
       raise ValueError(f"{name}: got shape {array.shape}, expected {operator.rows.shape}, one for each entry")
-
-
-def _option(name, value, options):
-  if value not in get_args(options):
-    raise ValueError(f"{name}: got {value!r}, expected one of {get_args(options)}")
-  return value

@@ -9,7 +9,7 @@ Re-weighting adds, for every centre i, alpha times the base weight of its messag
     c = A_base H,   s_ij = sigmoid(mlp(c_i * H_j)),   g_ij = softmax_j(s_ij),   w'_ij = w_ij + alpha g_ij sum_j w_ij
 """
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import jraph
 from jaxtyping import Array, Float, Int
 
-from jaxlab import interop
+from jaxlab import checks, interop
 from jaxlab.graph import layers, sparse
 from jaxlab.graph.links.topological_concentration.measures import Receiver
 
@@ -173,13 +173,11 @@ class LinkPredictor(nn.Module):
     for name, least in (("features", 1), ("num_layers", 1)):
       if getattr(self, name) < least:
         raise ValueError(f"{name}: got {getattr(self, name)}, expected at least {least}")
-    if self.conv not in get_args(Conv):
-      raise ValueError(f"conv: got {self.conv!r}, expected one of {get_args(Conv)}")
+    checks.choice("conv", self.conv, Conv)
     if self.normalize and self.conv != "sage":
       raise ValueError(f"normalize: got {self.normalize} with {self.conv!r}, expected it with 'sage' only")
     for name in ("dropout", "head_dropout"):
-      if not 0 <= getattr(self, name) < 1:
-        raise ValueError(f"{name}: got {getattr(self, name)}, expected a rate in [0, 1)")
+      checks.rate(name, getattr(self, name))
     shape, axes = getattr(graph.nodes, "shape", None), 2 if self.num_embeddings is None else 1
     if shape is None or len(shape) != axes or (axes == 1 and not jnp.issubdtype(graph.nodes.dtype, jnp.integer)):
       raise ValueError(f"graph: got nodes of shape {shape}, expected {'features [N, F]' if axes == 2 else 'ids [N]'}")
@@ -232,8 +230,7 @@ class Reweighting(NamedTuple):
 
 def degree_weights(operator: sparse.Operator, conv: Conv) -> Float[Array, " e"]:
   """What `structure.normalize` stores: 1 / sqrt(d_r d_c) for "gcn", 1 / d_r for "sage", d counting entries of a row."""
-  if conv not in get_args(Conv):
-    raise ValueError(f"conv: got {conv!r}, expected one of {get_args(Conv)}")
+  checks.choice("conv", conv, Conv)
   degree = jnp.maximum(jnp.diff(operator.row_starts), 1).astype("float32")
   if conv == "sage":
     return 1 / degree[operator.rows]
@@ -272,8 +269,7 @@ def reweight(
 
   Source: `update_adj` of the official code.
   """
-  if receiver not in get_args(Receiver):
-    raise ValueError(f"receiver: got {receiver!r}, expected one of {get_args(Receiver)}")
+  checks.choice("receiver", receiver, Receiver)
   if weights is not None and weights.shape != base.rows.shape:
     raise ValueError(f"weights: got shape {weights.shape}, expected {base.rows.shape}, one for each entry")
   if not isinstance(alpha, jax.Array) and not 0 <= alpha < float("inf"):

@@ -5,7 +5,7 @@ of an epoch the state is validated by Hits@K, kept if it is the best so far, and
 """
 
 import functools
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -17,6 +17,7 @@ import optax
 import scipy.sparse
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jaxlab import checks
 from jaxlab.graph import common_neighbors, evaluation, sparse, structure
 from jaxlab.graph.links.topological_concentration.predictor import Conv, LinkPredictor, Reweighting, reweight
 from jaxlab.train.learner import Learner, TrainState, supervised
@@ -72,8 +73,7 @@ def task(nodes: Any, num_nodes: int, split: evaluation.LinkSplit, conv: Conv = "
   Raises:
     ValueError: on nodes or edges that do not fit.
   """
-  if conv not in get_args(Conv):
-    raise ValueError(f"conv: got {conv!r}, expected one of {get_args(Conv)}")
+  checks.choice("conv", conv, Conv)
   adjacency = common_neighbors.adjacency(split.train, num_nodes)
   nodes = sparse.from_scipy(nodes) if scipy.sparse.issparse(nodes) else nodes
   graph = structure.from_scipy(adjacency, nodes=nodes)

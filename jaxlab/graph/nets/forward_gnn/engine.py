@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from jaxlab import checks
 from jaxlab.graph.nets.forward_gnn.convolution import Bordered, Conv, Kind
 from jaxlab.graph.nets.forward_gnn.tasks import LinkTask, NodeTask, View
-from jaxlab.train import checks
 from jaxlab.train.learner import Learner, Metrics
 
 RUNS = "runs"  # the axis of splits, which all learners here are vmapped over
@@ -44,8 +44,7 @@ class Net:
       checks.count("num_classes", self.num_classes, 2)
     for name in ("hidden", "depth", "heads"):
       checks.count(name, getattr(self, name))
-    if self.kind not in Kind.__args__:
-      raise ValueError(f"kind: got {self.kind!r}, expected one of {Kind.__args__}")
+    checks.choice("kind", self.kind, Kind)
     if self.kind == "gat" and self.hidden % self.heads:
       raise ValueError(f"hidden: got {self.hidden}, expected a multiple of {self.heads} heads")
 

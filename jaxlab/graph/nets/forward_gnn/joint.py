@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlab import checks
 from jaxlab.graph.nets.forward_gnn import engine
 from jaxlab.graph.nets.forward_gnn.convolution import Bordered, Conv, Features, apply, normalize, stack
 from jaxlab.graph.nets.forward_gnn.engine import Method, Net, Recipe, State, classes_of, init_layer
 from jaxlab.graph.nets.forward_gnn.layerwise import class_logits
 from jaxlab.graph.nets.forward_gnn.tasks import LinkTask, NodeTask, View
-from jaxlab.train import checks
 from jaxlab.train.learner import Metrics
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import jraph
 from jaxtyping import Array, Float, Key, PyTree
 
+from jaxlab import checks
 from jaxlab.graph import layers, sparse, structure
 from jaxlab.graph.layers import Features
 
@@ -29,8 +30,7 @@ class _Network(nn.Module):
 
   def _inputs(self, graph, generated, operator, weighted=True):
     """The k inputs and the operator."""
-    if not 0 <= self.dropout < 1:
-      raise ValueError(f"dropout: got {self.dropout}, expected a rate in [0, 1)")
+    checks.rate("dropout", self.dropout)
     shape = getattr(graph.nodes, "shape", None)
     if shape is None or len(shape) != 2:
       raise ValueError(f"graph: got nodes of shape {shape}, expected features [N, F]")
@@ -285,8 +285,7 @@ class GRANDMLP(_Network):
   ) -> Float[Array, "n classes"]:
     """[N, F] -> logits [N, C]."""
     for name, rate in (("dropout", self.dropout), ("hidden_dropout", self.hidden_dropout)):
-      if not 0 <= rate < 1:
-        raise ValueError(f"{name}: got {rate}, expected a rate in [0, 1)")
+      checks.rate(name, rate)
     if x.ndim != 2:
       raise ValueError(f"x: got shape {x.shape}, expected [N, F]")
     x = self._norm(x, graph, train, "input_norm") if self.batch_norm else x

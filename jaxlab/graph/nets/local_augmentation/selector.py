@@ -19,10 +19,10 @@ import optax
 import scipy.sparse
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jaxlab import checks
 from jaxlab.graph import layers, sparse, structure
 from jaxlab.graph.nets.local_augmentation.cvae import CVAE, negative_elbo, row_normalize
 from jaxlab.graph.nets.local_augmentation.networks import official_init
-from jaxlab.train import checks
 from jaxlab.train.learner import Learner
 
 

@@ -16,9 +16,9 @@ import jraph
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from jaxlab import checks
 from jaxlab.graph import evaluation, node_classification, sparse, structure
 from jaxlab.graph.nets.local_augmentation.networks import GRANDMLP, random_propagation
-from jaxlab.train import checks
 from jaxlab.train.learner import Learner
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxlab import checks
 from jaxlab.graph import layers, pairwise, sparse
 
 Aggregation = Literal["sum", "mean", "sym", "max"]
@@ -75,7 +76,7 @@ class SIRConv(nn.Module):
     for name, value in (("features", self.features), ("hidden", self.hidden)):
       if value < 1:
         raise ValueError(f"{name}: got {value}, expected at least 1")
-    check_rate("dropout", self.dropout)
+    checks.rate("dropout", self.dropout)
     op = operator_of(graph, x)
     drop: Any = lambda v: layers.Dropout(self.dropout)(v, train=train)
     q = drop(self._linear(self.hidden, self.inner_bias, "query")(x))
@@ -164,15 +165,8 @@ def operator_of(graph, x):
   return op
 
 
-def check_rate(name, rate):
-  """Raises ValueError for what is no dropout rate."""
-  if not 0 <= rate < 1:
-    raise ValueError(f"{name}: got {rate}, expected a rate in [0, 1)")
-
-
 def _check_aggregation(aggregation):
-  if aggregation not in Aggregation.__args__:
-    raise ValueError(f"aggregation: got {aggregation!r}, expected one of {Aggregation.__args__}")
+  checks.choice("aggregation", aggregation, Aggregation)
 
 
 def _check_activation(activation):

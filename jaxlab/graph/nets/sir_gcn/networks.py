@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import jraph
 from jaxtyping import Array, Float
 
-from jaxlab import interop
+from jaxlab import checks, interop
 from jaxlab.graph import layers, pairwise, sparse, structure
-from jaxlab.graph.nets.sir_gcn.convolution import Aggregation, SIRConv, check_rate, embed, operator_of
+from jaxlab.graph.nets.sir_gcn.convolution import Aggregation, SIRConv, embed, operator_of
 
 
 class Norm(nn.Module):
@@ -310,7 +310,7 @@ def _check_network(net, graph, ndim):
     if getattr(net, name, 1) < 1:
       raise ValueError(f"{name}: got {getattr(net, name)}, expected at least 1")
   for name in ("dropout", "input_dropout", "message_dropout", "branch_dropout"):
-    check_rate(name, getattr(net, name, 0.0))
+    checks.rate(name, getattr(net, name, 0.0))
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
