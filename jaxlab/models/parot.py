@@ -1,0 +1,606 @@
+"""PaRot: point clouds described so that turning them changes nothing.
+
+A cloud is cut into local patches (the nearest points of S sampled centres) and seen as a whole from each centre (a few
+points of the cloud, relative to the centre). A small PointNet turns every patch into a feature f and two unit vectors
+that should turn with the patch. Training shows it two random rotations R1, R2 of each patch and asks for vectors
+d1 and d2 = d1 R1^T R2. With their cross product they make a frame O, and what frames say about each other and about an
+offset v does not depend on the orientation of the cloud, by algebra alone:
+
+    pose(O_a, O_b, v) = [||v||, O_a O_b^T, O_a v / ||v||, O_b v / ||v||]              16 numbers
+    l_i = max_j MLP[f_j, f_j - f_i, embed(pose(O_j, O_i, q_j - q_i))]                 j: centres near centre i
+    e   = max_i MLP[l_i, g_i, embed(pose(O^local_i, O^global_i, q_i))]                g: feature of the global patch
+
+`PaRot` classifies e. `PaRotParts` labels points: e goes back to the centres, and from the centres nearest to a point p
+to the point, with [||v||, O^local v / ||v||, O^global v / ||v||], v = p - q.
+
+Zhang et al., "PaRot: Patch-Wise Rotation-Invariant Network via Feature Disentanglement and Pose Restoration", AAAI
+2023, arXiv:2302.02331. So invariance has two sources: poses are invariant exactly, f and the frames as far as they have
+learned to be. Points are rows, rotated as p R. The origin is part of the description: clouds must be centred.
+
+Differs from the official code: where evaluation needs a first point to sample from, it is the one farthest from the
+origin, not a random one, so that evaluation is deterministic; the running variance of batch normalisation is the biased
+one (flax); maps of patches are reduced before the last normalisation and activation, which are monotone, and the first
+layer of the aggregation over neighbours is computed a centre at a time, both the same function at less cost.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxlab import checks, interop, train
+from jaxlab.nn.dropout import dropout
+from jaxlab.nn.module import precision
+from jaxlab.nn.points import check_points, farthest_points, gather_points, nearest_points, random_rotations
+
+
+class Siamese(NamedTuple):
+  """Losses between the two rotations of every patch, each [2]: local and global patches. Float32.
+
+  Attributes:
+    direction: `direction_loss`.
+    orthogonality: `orthogonality_loss` of the first rotation.
+    invariance: mean squared difference of the features.
+  """
+
+  direction: Float[Array, "2"]
+  orthogonality: Float[Array, "2"]
+  invariance: Float[Array, "2"]
+
+
+class Encoding(NamedTuple):
+  """What is known at S centres.
+
+  Attributes:
+    centres: their places.
+    local: l, of the local patch and its neighbours.
+    view: g, of the cloud as seen from the centre.
+    pose: of the local in the global frame.
+    frames: of the local and the global patch.
+    siamese: losses, while training.
+  """
+
+  centres: Float[Array, "b s 3"]
+  local: Float[Array, "b s c"]
+  view: Float[Array, "b s c"]
+  pose: Float[Array, "b s 16"]
+  frames: tuple[Float[Array, "b s 3 3"], Float[Array, "b s 3 3"]]
+  siamese: Siamese | None
+
+
+# ------------------------------------------------------------------------------------------------------------ geometry
+
+
+def rotate(points: Float[Array, "*b k 3"], rotation: Float[Array, "*b 3 3"]) -> Float[Array, "*b k 3"]:
+  """p R of each row p, written out: XLA's products of many small matrices are slow on CPU."""
+  x, y, z = (points[..., i, None] * rotation[..., None, i, :] for i in range(3))
+  return x + y + z
+
+
+def unrotate(points: Float[Array, "*b k 3"], rotation: Float[Array, "*b 3 3"]) -> Float[Array, "*b k 3"]:
+  """p R^T of each row."""
+  return rotate(points, rotation.mT)
+
+
+def normalize(v: Float[Array, "*b 3"]) -> tuple[Float[Array, "*b 3"], Float[Array, "*b 1"]]:
+  """v / max(||v||, 1e-12), and ||v||. A zero vector stays zero and passes no gradient."""
+  square = (v * v).sum(-1, keepdims=True)
+  some = square > 0
+  length = jnp.where(some, jnp.sqrt(jnp.where(some, square, 1)), 0)
+  return jnp.where(some, v, 0) / jnp.where(some, jnp.maximum(length, 1e-12), 1), length
+
+
+def frame(directions: Float[Array, "*b 2 3"], *, differentiable: bool = True) -> Float[Array, "*b 3 3"]:
+  """Rows d1, d2 and the direction of d1 x d2. Orthonormal only as far as d1 and d2 are.
+
+  Args:
+    directions: unit vectors.
+    differentiable: whether gradients pass the cross product; aggregation between scales stops them.
+  """
+  third = normalize(jnp.cross(directions[..., 0, :], directions[..., 1, :]))[0][..., None, :]
+  return jnp.concatenate([directions, third if differentiable else jax.lax.stop_gradient(third)], -2)
+
+
+def relative_pose(
+  first: Float[Array, "*b 3 3"], second: Float[Array, "*b 3 3"], offset: Float[Array, "*b 3"]
+) -> Float[Array, "*b 16"]:
+  """[||v||, O_a O_b^T by rows, O_a v^, O_b v^]: unchanged when frames and offset turn together. A reflection of the
+  cloud changes it, since frames are right-handed."""
+  unit, length = normalize(offset)
+  between = (first[..., :, None, :] * second[..., None, :, :]).sum(-1)
+  seen = [(f * unit[..., None, :]).sum(-1) for f in (first, second)]
+  return jnp.concatenate([length, between.reshape(*between.shape[:-2], 9), *seen], -1)
+
+
+def direction_loss(
+  directions1: Float[Array, "*b 2 3"],
+  directions2: Float[Array, "*b 2 3"],
+  rotation1: Float[Array, "*b 3 3"],
+  rotation2: Float[Array, "*b 3 3"],
+) -> Float[Array, ""]:
+  """L_dir: mean of (d1 - d2 R2^T R1)^2 over all entries. Zero where the directions turn with the patch."""
+  return jnp.mean((directions1 - rotate(unrotate(directions2, rotation2), rotation1)) ** 2)
+
+
+def orthogonality_loss(directions: Float[Array, "*b 2 3"]) -> Float[Array, ""]:
+  """L_orth: mean squared dot product of a patch's two directions: 0 for orthogonal, 1 for parallel ones."""
+  return jnp.mean((directions[..., 0, :] * directions[..., 1, :]).sum(-1) ** 2)
+
+
+# -------------------------------------------------------------------------------------------------------------- layers
+
+
+class MaxBatchNorm(nn.Module):
+  """max over k of batch_norm(x): statistics of all of x, but only the largest (for a negative scale, smallest) entries
+  are normalised. Attributes as in `nn.BatchNorm`, with the same variables."""
+
+  momentum: float = 0.9
+  epsilon: float = 1e-5
+  dtype: jax.typing.DTypeLike = "float32"
+  param_dtype: jax.typing.DTypeLike = "float32"
+  axis_name: str | None = None
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*b k c"], *, train: bool) -> Float[Array, "*b c"]:
+    """Args: x. Returns the maxima over the axis before the last."""
+    channels = x.shape[-1:]
+    scale = self.param("scale", nn.initializers.ones, channels, self.param_dtype).astype(jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, channels, self.param_dtype).astype(jnp.float32)
+    mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
+    var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
+    if train:
+      wide = x.astype(jnp.float32)
+      axes = tuple(range(x.ndim - 1))
+      moments = jnp.stack([wide.mean(axes), (wide * wide).mean(axes)])
+      if self.axis_name is not None and not self.is_initializing():
+        moments = jax.lax.pmean(moments, self.axis_name)
+      centre, spread = moments[0], jnp.maximum(moments[1] - moments[0] ** 2, 0)
+      if not self.is_initializing():
+        mean.value = self.momentum * mean.value + (1 - self.momentum) * centre
+        var.value = self.momentum * var.value + (1 - self.momentum) * spread
+    else:
+      centre, spread = mean.value, var.value
+    sign = jnp.where(scale < 0, -1, 1)
+    largest = (x * sign.astype(x.dtype)).max(-2).astype(jnp.float32) * sign
+    return ((largest - centre) * (scale * jax.lax.rsqrt(spread + self.epsilon)) + bias).astype(self.dtype)
+
+
+class MLP(nn.Module):
+  """Layers without bias, each with batch normalisation and (leaky) ReLU.
+
+  Attributes:
+    widths: of the layers.
+    slope: of the activation below zero.
+    pool: take the maximum over the axis before the last, after the last layer.
+    dtype: compute dtype.
+    param_dtype: parameter dtype.
+    axis_name: pmap axis over which batch statistics are averaged.
+  """
+
+  widths: Sequence[int]
+  slope: float = 0.0
+  pool: bool = False
+  dtype: jax.typing.DTypeLike = "float32"
+  param_dtype: jax.typing.DTypeLike = "float32"
+  axis_name: str | None = None
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "... c"], *, train: bool, normalize_first: bool = False) -> Float[Array, "... d"]:
+    """Args: x, rows; `normalize_first` if it is to be normalised before the first layer. Returns rows, or maxima."""
+    options = precision(self)
+    if normalize_first:
+      x = self._norm(0, train)(x)
+    for i, width in enumerate(self.widths, start=1):
+      x = nn.Dense(width, use_bias=False, name=f"dense{i}", **options)(x)
+      if self.pool and i == len(self.widths):
+        norm = MaxBatchNorm(axis_name=self.axis_name, name=f"norm{i}", **options)
+        return self._activate(norm(x, train=train))
+      x = self._norm(i, train)(x)
+    return x
+
+  def _norm(self, i: int, train: bool) -> Any:
+    norm = nn.BatchNorm(
+      not train, momentum=0.9, epsilon=1e-5, axis_name=self.axis_name, name=f"norm{i}", **precision(self)
+    )
+    return lambda x: self._activate(norm(x))
+
+  def _activate(self, x: Array) -> Array:
+    return nn.leaky_relu(x, self.slope) if self.slope else nn.relu(x)
+
+
+class Disentangle(nn.Module):
+  """Patch to invariant feature f and equivariant directions: PointNet u = max_k MLP(p_k), then a head for each."""
+
+  width: int
+  dtype: jax.typing.DTypeLike = "float32"
+  param_dtype: jax.typing.DTypeLike = "float32"
+  axis_name: str | None = None
+
+  @nn.compact
+  def __call__(
+    self, patches: Float[Array, "b s k 3"], *, train: bool
+  ) -> tuple[Float[Array, "b s c"], Float[Array, "b s 2 3"]]:
+    """Args: patches, relative to their centres. Returns features in `dtype`, and unit vectors in float32."""
+    c, options = self.width, precision(self)
+    mlp = functools.partial(MLP, axis_name=self.axis_name, **options)
+    u = mlp(widths=(c // 2, c, c), pool=True, name="points")(patches.astype(self.dtype), train=train)
+    feature = mlp(widths=(c, c), name="feature")(u, train=train)
+    directions = []
+    for name in ("direction1", "direction2"):
+      d = mlp(widths=(c // 2, c // 4), name=name)(u, train=train)
+      d = nn.Dense(3, use_bias=False, name=f"{name}_out", **options)(d)
+      directions.append(normalize(d.astype(jnp.float32))[0])
+    return feature, jnp.stack(directions, -2)
+
+
+class EdgeDense(nn.Module):
+  """Dense layer without bias of [f_j, f_j - f_i, h_ij], for neighbours j of i.
+
+  With a block of the kernel for each part this is f_j (K1 + K2) - f_i K2 + h_ij K3, whose first two products need a row
+  a centre instead of a row a pair.
+  """
+
+  width: int
+  dtype: jax.typing.DTypeLike = "float32"
+  param_dtype: jax.typing.DTypeLike = "float32"
+
+  @nn.compact
+  def __call__(
+    self, feature: Float[Array, "b s c"], index: Int[Array, "b s k"], h: Float[Array, "b s k e"]
+  ) -> Float[Array, "b s k d"]:
+    """Args: features of the centres, their neighbours, and rows of the pairs. Returns rows of the pairs."""
+    c = feature.shape[-1]
+    init, shape = nn.initializers.lecun_normal(), (2 * c + h.shape[-1], self.width)
+    kernel = self.param("kernel", init, shape, self.param_dtype).astype(self.dtype)
+    of_neighbour, of_centre = feature @ (kernel[:c] + kernel[c : 2 * c]), feature @ kernel[c : 2 * c]
+    return gather_points(of_neighbour, index) - of_centre[:, :, None] + h @ kernel[2 * c :]
+
+
+class Encoder(nn.Module):
+  """Patches to what is known at their centres. Attributes as in `PaRot`."""
+
+  num_patches: int
+  patch_size: int
+  global_size: int
+  neighbors: int
+  width: int
+  dtype: jax.typing.DTypeLike = "float32"
+  param_dtype: jax.typing.DTypeLike = "float32"
+  axis_name: str | None = None
+
+  @nn.compact
+  def __call__(self, points: Float[Array, "b n 3"], *, train: bool) -> Encoding:
+    """Args: points, float32; while training needs a "dropout" key. Returns an `Encoding`."""
+    c, options = self.width, precision(self) | {"axis_name": self.axis_name}
+    local, world = self._sample(points, train)
+    centres = gather_points(points, local)
+    patches = gather_points(points, nearest_points(centres, points, self.patch_size)) - centres[:, :, None]
+    views = gather_points(points, world)[:, None] - centres[:, :, None]
+    feature, directions, local_losses = self._disentangle(Disentangle(c, name="local", **options), patches, train)
+    view, view_directions, view_losses = self._disentangle(Disentangle(c, name="world", **options), views, train)
+
+    index = nearest_points(centres, centres, self.neighbors)
+    frames = frame(directions)
+    offset = gather_points(centres, index) - centres[:, :, None]
+    near = gather_points(frames.reshape(*frames.shape[:2], 9), index).reshape(*index.shape, 3, 3)
+    pose = relative_pose(near, frames[:, :, None], offset).astype(self.dtype)
+    h = MLP((c // 4,), name="neighbor_pose", **options)(pose, train=train)
+    rows = EdgeDense(c, name="neighbor_edge", **precision(self))(feature, index, h)
+    aggregate = MLP((c, c), pool=True, name="neighbor_mlp", **options)
+    gathered = aggregate(rows, train=train, normalize_first=True)
+
+    pair = frame(directions, differentiable=False), frame(view_directions, differentiable=False)
+    siamese = None if local_losses is None else Siamese(*map(jnp.stack, zip(local_losses, view_losses, strict=True)))
+    return Encoding(centres, gathered, view, relative_pose(*pair, centres), pair, siamese)
+
+  def _sample(self, points: Array, train: bool) -> tuple[Array, Array]:
+    """Indices of the centres and of the points of the global patch."""
+    if train:
+      starts = jax.random.randint(self.make_rng("dropout"), (2, len(points)), 0, points.shape[1])
+      local = farthest_points(points, self.num_patches, starts[0])
+      return local, local if self._same() else farthest_points(points, self.global_size, starts[1])
+    both = farthest_points(points, max(self.num_patches, self.global_size))  # one start: the smaller is a prefix
+    return both[:, : self.num_patches], both[:, : self.global_size]
+
+  def _same(self) -> bool:
+    return self.global_size == self.num_patches
+
+  def _disentangle(self, net: Disentangle, patches: Array, train: bool) -> tuple[Array, Array, Any]:
+    """Features, directions as of the patch that was not rotated, and the siamese losses of this kind of patch."""
+    if not train:
+      return *net(patches, train=False), None
+    r1, r2 = random_rotations(self.make_rng("dropout"), (2, *patches.shape[:2]))
+    # One after the other: each has batch statistics of its own.
+    feature1, d1 = net(rotate(patches, r1), train=True)
+    feature2, d2 = net(rotate(patches, r2), train=True)
+    invariance = jnp.mean((feature1.astype(jnp.float32) - feature2.astype(jnp.float32)) ** 2)
+    return feature1, unrotate(d1, r1), (direction_loss(d1, d2, r1, r2), orthogonality_loss(d1), invariance)
+
+
+def _check(module: Any, points: Array) -> None:
+  check_points(points)
+  for name in ("num_patches", "patch_size", "global_size", "neighbors"):
+    high = module.num_patches if name == "neighbors" else points.shape[1]
+    checks.count(name, getattr(module, name), high=high)
+  checks.count("width", module.width, low=4)
+  if module.width % 4:
+    raise ValueError(f"width: got {module.width}, expected a multiple of 4")
+  checks.rate("dropout", module.dropout)
+
+
+def _encode(module: Any, points: Array, train: bool) -> tuple[Encoding, Float[Array, "b s e"], Float[Array, "b d"]]:
+  """The encoding, its pose embedded, and the vector e of the whole cloud, in submodules of `module`."""
+  c, options = module.width, precision(module) | {"axis_name": module.axis_name}
+  sizes = {name: getattr(module, name) for name in ("num_patches", "patch_size", "global_size", "neighbors")}
+  code = Encoder(**sizes, width=c, name="encoder", **options)(points.astype(jnp.float32), train=train)
+  pose = code.pose.astype(module.dtype)
+  h = MLP((c // 4,), slope=0.2, name="scale_pose", **options)(pose, train=train)
+  rows = jnp.concatenate([code.local, code.view, h], -1)
+  return code, pose, MLP((2 * c, 4 * c, 8 * c), 0.2, True, name="scale_mlp", **options)(rows, train=train)
+
+
+class PaRot(nn.Module):
+  """Classifier of point clouds.
+
+  Attributes:
+    num_classes: outputs.
+    num_patches: S, centres.
+    patch_size: points of a local patch.
+    global_size: points of the cloud that a centre sees it by.
+    neighbors: centres that a centre hears, itself included.
+    width: channels of a feature, a multiple of 4; other layers are in proportion.
+    dropout: rate in the head; training needs a "dropout" key in any case, for rotations.
+    dtype: compute dtype of layers. Geometry, losses and statistics are float32.
+    param_dtype: parameter dtype.
+    axis_name: pmap axis over which batch statistics are averaged.
+  """
+
+  num_classes: int = 40
+  num_patches: int = 256
+  patch_size: int = 64
+  global_size: int = 32
+  neighbors: int = 32
+  width: int = 128
+  dropout: float = 0.5
+  dtype: jax.typing.DTypeLike = "float32"
+  param_dtype: jax.typing.DTypeLike = "float32"
+  axis_name: str | None = None
+
+  @nn.compact
+  def __call__(
+    self, points: Float[Array, "b n 3"], *, train: bool = False
+  ) -> Float[Array, "b k"] | tuple[Float[Array, "b k"], Siamese]:
+    """Classifies clouds.
+
+    Args:
+      points: centred and scaled to about the unit ball.
+      train: rotate patches at random, twice, use batch statistics (mutable collection "batch_stats") and dropout.
+
+    Returns:
+      Logits [B, num_classes] in `dtype`; while training with the siamese losses, for `objective`.
+
+    Raises:
+      ValueError: points of wrong shape or dtype, or too few; attributes out of range.
+    """
+    _check(self, points)
+    checks.count("num_classes", self.num_classes)
+    c, options = self.width, precision(self) | {"axis_name": self.axis_name}
+    code, _, x = _encode(self, points, train)
+    for i, width in enumerate((4 * c, 2 * c), start=1):
+      x = MLP((width,), 0.2, name=f"head{i}", **options)(x, train=train)
+      if train and self.dropout:
+        x = dropout(self.make_rng("dropout"), x, self.dropout)
+    logits = nn.Dense(self.num_classes, name="logits", **precision(self))(x)
+    return logits if code.siamese is None else (logits, code.siamese)
+
+
+class PaRotParts(nn.Module):
+  """Labels every point of a cloud whose category is known.
+
+  Attributes: as in `PaRot`, and
+    num_parts: outputs, parts of all categories.
+    num_categories: of clouds.
+    interpolate: centres that a point hears.
+    centre_quirk: whether points relate to the centres' directions q / ||q||, as in the official code, whose variable is
+      overwritten there, instead of to the centres.
+  """
+
+  num_parts: int = 50
+  num_categories: int = 16
+  num_patches: int = 256
+  patch_size: int = 64
+  global_size: int = 64
+  neighbors: int = 16
+  interpolate: int = 11
+  centre_quirk: bool = False
+  width: int = 128
+  dropout: float = 0.5
+  dtype: jax.typing.DTypeLike = "float32"
+  param_dtype: jax.typing.DTypeLike = "float32"
+  axis_name: str | None = None
+
+  @nn.compact
+  def __call__(
+    self, inputs: tuple[Float[Array, "b n 3"], Int[Array, " b"]], *, train: bool = False
+  ) -> Float[Array, "b n k"] | tuple[Float[Array, "b n k"], Siamese]:
+    """Labels points.
+
+    Args:
+      inputs: points, as for `PaRot`, and the category of each cloud.
+      train: as for `PaRot`.
+
+    Returns:
+      Logits [B, N, num_parts] in `dtype`; while training with the siamese losses, for `objective`.
+
+    Raises:
+      ValueError: points or categories of wrong shape or dtype, or too few; attributes out of range.
+    """
+    points, category = inputs
+    _check(self, points)
+    for name in ("num_parts", "num_categories"):
+      checks.count(name, getattr(self, name))
+    checks.count("interpolate", self.interpolate, high=self.num_patches)
+    if category.shape != points.shape[:1] or not jnp.issubdtype(category.dtype, jnp.integer):
+      raise ValueError(f"category: got {category.dtype}{list(category.shape)}, expected integers {points.shape[:1]}")
+    c, options = self.width, precision(self) | {"axis_name": self.axis_name}
+    code, pose, e = _encode(self, points, train)
+    points = points.astype(jnp.float32)
+
+    # Down to the centres: the first layer reads [e, l, g, h], of which e is the same for all.
+    h = MLP((c // 4,), slope=0.2, name="centre_pose", **options)(pose, train=train)
+    e = jnp.broadcast_to(e[:, None], (*h.shape[:2], e.shape[-1]))
+    x = MLP((2 * c, 2 * c), name="centre_mlp", **options)(
+      jnp.concatenate([e, code.local, code.view, h], -1), train=train
+    )
+
+    # From centres to points.
+    centres = normalize(code.centres)[0] if self.centre_quirk else code.centres
+    index = nearest_points(points, centres, self.interpolate)
+    unit, length = normalize(points[:, :, None] - gather_points(centres, index))
+    frames = (gather_points(f.reshape(*f.shape[:2], 9), index).reshape(*index.shape, 3, 3) for f in code.frames)
+    seen = [(f * unit[..., None, :]).sum(-1) for f in frames]
+    pose = jnp.concatenate([length, *seen], -1).astype(self.dtype)
+    h = MLP((c // 4,), slope=0.2, name="point_pose", **options)(pose, train=train)
+    kind = jax.nn.one_hot(category, self.num_categories, dtype=self.dtype)[:, None, None]
+    kind = jnp.broadcast_to(kind, (*index.shape, self.num_categories))
+    x = jnp.concatenate([gather_points(x, index), h, kind], -1)
+    x = MLP((2 * c, c, c), name="point_mlp", **options)(x, train=train).sum(2)
+    x = MLP((c, c), name="head", **options)(x, train=train)
+    if train and self.dropout:
+      x = dropout(self.make_rng("dropout"), x, self.dropout)
+    logits = nn.Dense(self.num_parts, name="logits", **precision(self))(x)
+    return logits if code.siamese is None else (logits, code.siamese)
+
+
+def objective(
+  *,
+  label: str = "label",
+  label_smoothing: float = 0.2,
+  direction: Sequence[float] = (1.0, 1.0),
+  orthogonality: Sequence[float] = (0.2, 0.1),
+  invariance: Sequence[float] = (0.0, 0.0),
+) -> train.Loss:
+  """The training loss of both networks, for `train.supervised`.
+
+      L = CE + sum over {local, global} of w_dir L_dir + w_orth L_orth + w_inv L_inv
+
+  Args:
+    label: of the batch's entry with the targets, class numbers [B] or parts [B, N].
+    label_smoothing: e; the target is 1 - e, the other C - 1 classes share e.
+    direction: w_dir, local and global.
+    orthogonality: w_orth.
+    invariance: w_inv; zero in the released code, though the paper lists the term.
+
+  Returns:
+    Of (outputs, batch): the loss and metrics; of outputs without siamese losses, as in evaluation, the cross entropy.
+  """
+  checks.rate("label_smoothing", label_smoothing)
+
+  def loss(outputs: Any, batch: Any) -> tuple[Float[Array, ""], train.learner.Metrics]:
+    logits, siamese = outputs if isinstance(outputs, tuple) else (outputs, None)
+    classes = logits.shape[-1]
+    # `cross_entropy` shares its e among all C classes, the target included.
+    smoothing = label_smoothing * classes / (classes - 1) if classes > 1 else 0.0
+    entropy = train.cross_entropy(label_smoothing=smoothing, labels=lambda batch: batch[label])
+    value, metrics = entropy(logits, batch)
+    if siamese is None:
+      return value, metrics
+    metrics = dict(metrics, cross_entropy=value)
+    for name, weight in (("direction", direction), ("orthogonality", orthogonality), ("invariance", invariance)):
+      terms = getattr(siamese, name)
+      value += (jnp.asarray(weight, jnp.float32) * terms).sum()
+      metrics |= {f"{name}_local": terms[0], f"{name}_global": terms[1]}
+    return value, metrics
+
+  return loss
+
+
+# The published networks.
+
+
+def classifier(num_classes: int = 40, **overrides: Any) -> PaRot:
+  """For 1024 points; 1,630,888 parameters with 40 classes."""
+  return PaRot(**{"num_classes": num_classes, **overrides})
+
+
+def segmenter(num_parts: int = 50, num_categories: int = 16, **overrides: Any) -> PaRotParts:
+  """For 2048 points; 1,534,738 parameters with ShapeNet's 50 parts of 16 categories."""
+  return PaRotParts(**{"num_parts": num_parts, "num_categories": num_categories, **overrides})
+
+
+# -------------------------------------------------------------------------------------------------------------- weights
+
+
+def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+  """Official weights of either network as flax variables. Segmentation weights belong to `centre_quirk=True`.
+
+  Args:
+    state_dict: official names -> NumPy arrays or tensors.
+
+  Returns:
+    {"params", "batch_stats"}.
+
+  Raises:
+    ValueError: names missing, left over or misshaped, all in one message.
+  """
+  return interop.variables(state_dict, weight_table(parts=any("pt_fp2" in name for name in state_dict)))
+
+
+def weight_table(*, parts: bool) -> dict[str, interop.Rule]:
+  """Which official tensor is which variable. Args: parts, for segmentation. Returns flax path -> rule."""
+  table: dict[str, interop.Rule] = {}
+
+  def layers(path: str, pairs: Sequence[tuple[str, str]], spatial: int, first: int = 1) -> None:
+    for i, (dense, norm) in enumerate(pairs, start=first):
+      table[f"params/{path}/dense{i}"] = interop.dense(dense, bias=False, spatial=spatial)
+      table[f"params/{path}/norm{i}"] = interop.batch_norm(norm)
+
+  def sequence(path: str, name: str, count: int, spatial: int = 0) -> None:
+    """Of convolution, norm and activation in turn."""
+    layers(path, [(f"{name}.{3 * i}", f"{name}.{3 * i + 1}") for i in range(count)], spatial)
+
+  for scope, official in (("local", "local_enc"), ("world", "global_enc")):
+    inner, net = f"encoder/{scope}", f"{official}.disNet"
+    sequence(f"{inner}/points", f"{net}.pn_encoder", 3, spatial=1)
+    sequence(f"{inner}/feature", f"{net}.inv_encoder", 2)
+    for i in (1, 2):
+      sequence(f"{inner}/direction{i}", f"{net}.equi_encoder{i}", 2)
+      table[f"params/{inner}/direction{i}_out"] = interop.dense(f"{net}.equi_encoder{i}.6", bias=False)
+  intra = "local_enc.intra_layer"
+  table["params/encoder/neighbor_pose/dense1/kernel"] = interop.raw(f"{intra}.pos.weight", _pose_in, _pose_out)
+  table["params/encoder/neighbor_pose/norm1"] = interop.batch_norm(f"{intra}.bnpos")
+  table["params/encoder/neighbor_edge"] = interop.dense(f"{intra}.conv1", bias=False, spatial=2)
+  table["params/encoder/neighbor_mlp/norm0"] = interop.batch_norm(f"{intra}.bn1")
+  layers("encoder/neighbor_mlp", [(f"{intra}.conv{i}", f"{intra}.bn{i}") for i in (2, 3)], spatial=2)
+  sequence("scale_pose", "classifier.posembed", 1, spatial=1)
+  sequence("scale_mlp", "classifier.encoder" if parts else "classifier.inter_layer", 3, spatial=1)
+  if not parts:
+    for i, place in ((1, 0), (2, 4)):  # dropout stands between
+      layers(f"head{i}", [(f"classifier.cls.{place}", f"classifier.cls.{place + 1}")], spatial=0)
+    table["params/logits"] = interop.dense("classifier.cls.8")
+    return table
+  down, up = "classifier.pt_fp1", "classifier.pt_fp2"
+  sequence("centre_pose", f"{down}.posembed", 1, spatial=1)
+  layers("centre_mlp", [(f"{down}.backbone.Conv_{i}", f"{down}.backbone.Bn_{i}") for i in range(2)], spatial=1)
+  sequence("point_pose", f"{up}.posembed", 1, spatial=2)
+  layers("point_mlp", [(f"{up}.backbone.Conv_{i}", f"{up}.backbone.Bn_{i}") for i in range(3)], spatial=2)
+  layers("head", [("classifier.convex", "classifier.bnex"), ("classifier.conv1", "classifier.bn1")], spatial=1)
+  table["params/logits"] = interop.dense("classifier.cls", spatial=1)
+  return table
+
+
+# Between neighbours the official order is [O_j O_i^T (9), O_i v^ (3), O_j v^ (3), ||v||].
+_POSE = np.array([15, *range(9), 12, 13, 14, 9, 10, 11])
+
+
+def _pose_in(w: np.ndarray) -> np.ndarray:
+  return w.reshape(w.shape[:2]).T[_POSE]
+
+
+def _pose_out(kernel: np.ndarray) -> np.ndarray:
+  return kernel[np.argsort(_POSE)].T[..., None, None]
