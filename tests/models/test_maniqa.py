@@ -1,0 +1,218 @@
+import functools
+import json
+
+import golden_rule
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlab.models import maniqa
+
+SHAPE = {"image_size": 16, "patch_size": 4, "width": 8, "num_heads": 2, "mlp_ratio": 2, "taps": (0, 1), "num_tab": 1}
+SHAPE |= {"depths": (2,), "stage_heads": (2,), "window": 2, "mlp_width": 8}
+
+
+def model(**changes):
+  return maniqa.MANIQA(**SHAPE | changes)
+
+
+@functools.cache
+def network():
+  """(variables, jitted score, jitted patches, images); scores far from where they start."""
+  images = jax.random.normal(jax.random.key(0), (3, 16, 16, 3))
+  variables = jax.jit(model().init)(jax.random.key(1), images)
+  variables = jax.tree.map(lambda p: p + 0.3 * jax.random.normal(jax.random.key(p.size), p.shape), variables)
+  return variables, jax.jit(model().apply), jax.jit(functools.partial(model().apply, patches=True)), images
+
+
+def count(tree):
+  return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def test_parameter_counts():
+  net = maniqa.base()
+  params = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"]
+  part = lambda prefix: count({name: tree for name, tree in params.items() if name.startswith(prefix)})
+  tail = 2 * 7_087_872 + 1_536  # blocks 10 and 11, the last norm
+  strided = 5_309_184, 1_327_488  # the convolutions that the official stages never call
+  assert part("backbone") == 86_576_872 - 769_000 - tail
+  assert part("tab_a") == part("tab_b") == 3_692_640
+  assert (part("reduce_a"), part("reduce_b")) == (2_360_064, 295_296)
+  assert (part("stage_a"), part("stage_b")) == (30_114_832 - strided[0], 8_718_736 - strided[1])
+  assert part("score") == part("weight") == 148_225
+  assert count(params) == 135_747_530 - 769_000 - tail - sum(strided) == 114_164_578
+
+
+def queries_scaled(state):
+  """With the rule's weights the softmax of channels is a near tie of large logits, which magnifies rounding."""
+  return maniqa.from_torch({name: w / 8 if ".c_q." in name else w for name, w in state.items()})
+
+
+def test_golden():
+  net = maniqa.MANIQA(image_size=64, width=32, num_heads=4, mlp_width=24)
+
+  @jax.jit
+  def run(variables, images):
+    score, state = net.apply(variables, images, capture_intermediates=True)
+    parts = {name: state["intermediates"][name]["__call__"][0] for name in ("tab_a1", "stage_a", "stage_b")}
+    patches = net.apply(variables, images, patches=True)
+    return {
+      "score": score,
+      "attended": parts["tab_a1"],
+      **{name: parts[name].transpose(0, 3, 1, 2) for name in ("stage_a", "stage_b")},
+      **{name: y.reshape(2, -1) for name, y in zip(("patch_score", "patch_weight"), patches, strict=True)},
+    }
+
+  apply = lambda variables, inputs: run(variables, inputs["image"].transpose(0, 2, 3, 1))
+  golden_rule.check("maniqa", queries_scaled, apply, atol=2e-4)
+
+
+def test_weights_go_where_they_belong():
+  with np.load(golden_rule.GOLDEN / "maniqa.npz") as file:
+    state = golden_rule.state(json.loads(str(file["manifest"])))
+  converted = maniqa.from_torch(state)["params"]
+  vit = {name.removeprefix("vit."): w for name, w in state.items() if name.startswith("vit.")}
+  jax.tree.map(np.testing.assert_array_equal, maniqa.backbone_from_timm(vit), converted["backbone"])
+  with pytest.raises(ValueError, match=r"(?s)missing: 'conv1.bias'.*unused: 'conv3.bias'"):
+    maniqa.from_torch({name.replace("conv1.bias", "conv3.bias"): w for name, w in state.items()})
+
+
+def channel_attention(params, x, scramble):
+  """By sums over channels; `scramble` moves entry (t, c) of the transposed result by its place in memory."""
+  p = {name: (np.float64(d["kernel"]), np.float64(d["bias"])) for name, d in params.items()}
+  q, k, v = (x @ p[name][0] + p[name][1] for name in ("query", "key", "value"))
+  channels, patches = x.shape
+  out = np.empty(x.shape)
+  for c in range(channels):
+    weight = np.exp([q[c] @ k[d] / np.sqrt(patches) for d in range(channels)])
+    row = sum(w * v[d] for d, w in enumerate(weight)) / weight.sum()
+    for t in range(patches):
+      at = divmod(t * channels + c, patches) if scramble else (c, t)
+      out[at] = row[t]
+  return x + out
+
+
+@pytest.mark.parametrize("scramble", [True, False])
+def test_channel_attention(scramble):
+  tab = maniqa.TransposedAttention(scramble=scramble)
+  x = np.asarray(jax.random.normal(jax.random.key(0), (2, 6, 4)))
+  variables = jax.tree.map(lambda p: 3 * p, tab.init(jax.random.key(1), x))
+  y = tab.apply(variables, x)
+  for one, given in zip(y, x, strict=True):
+    np.testing.assert_allclose(one, channel_attention(variables["params"], given, scramble), atol=1e-5)
+  order = np.array([3, 1, 5, 0, 2, 4])
+  moved = np.abs(tab.apply(variables, x[:, order]) - y[:, order]).max()
+  assert moved > 0.1 if scramble else moved < 1e-5
+
+
+def test_channel_attention_drops_what_it_adds():
+  tab = maniqa.TransposedAttention(rate=0.25)
+  x = jax.random.normal(jax.random.key(0), (4, 32, 16))
+  variables = tab.init(jax.random.key(1), x)
+  added = np.asarray(tab.apply(variables, x) - x)
+  got = np.asarray(tab.apply(variables, x, train=True, rngs={"dropout": jax.random.key(2)}) - x)
+  kept = np.abs(got) > 1e-6
+  np.testing.assert_allclose(got[kept], added[kept] / 0.75, atol=1e-5)
+  assert 0.7 < kept.mean() < 0.8
+
+
+def test_score_is_the_weighted_mean_of_the_patches():
+  variables, score, patches, images = network()
+  f, g = (np.asarray(y, np.float64).reshape(3, -1) for y in patches(variables, images))
+  assert f.min() >= 0 and f.std() > 0.05 and g.std() > 0.05 and 0 <= g.min() and g.max() <= 1
+  np.testing.assert_allclose(score(variables, images), (f * g).sum(1) / g.sum(1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [0.0, 60.0, -300.0])
+def test_weighted_mean_is_a_convex_combination(shift):
+  rng = np.random.default_rng(0)
+  f, z = rng.exponential(size=(5, 9)).astype("float32"), rng.normal(0, 3, (5, 9)).astype("float32") + np.float32(shift)
+  got = maniqa.weighted_mean(f, z)
+  assert (f.min(1) <= got).all() and (got <= f.max(1)).all()
+  if shift > 0:  # every g is 1
+    np.testing.assert_allclose(got, f.mean(1), rtol=1e-6)
+  else:  # below, every g underflows but their ratios are those of exp(z)
+    g = 1 / (1 + np.exp(-np.float64(z)))
+    np.testing.assert_allclose(got, (f * g).sum(1) / g.sum(1), rtol=1e-4)
+  narrow = maniqa.weighted_mean(jnp.asarray(f, "bfloat16"), jnp.asarray(z, "bfloat16"))
+  assert narrow.dtype == jnp.bfloat16 and np.isfinite(np.asarray(narrow, "float32")).all()
+
+
+def test_images_do_not_see_each_other():
+  variables, score, _, images = network()
+  together = score(variables, images)
+  mixed = images.at[1:].set(images[:2] * 2)
+  np.testing.assert_allclose(score(variables, mixed)[0], together[0], rtol=1e-5)
+  assert abs(together[0] - together[1]) > 1e-3
+
+
+def test_stage_without_scale_is_the_identity():
+  x = jax.random.normal(jax.random.key(0), (1, 4, 4, 8))
+  stage = maniqa.SwinStage((1,), (2,), 2, 8, 0.0)
+  y, _ = stage.init_with_output(jax.random.key(1), x)
+  np.testing.assert_array_equal(y, x)
+
+
+def test_shifted_block_sees_its_region():
+  side, window, shift = 6, 4, 2
+  side = 8
+  block = maniqa.SwinBlock(1, window, shift, 4, 0.0)
+  x = jax.random.normal(jax.random.key(0), (1, side, side, 4))
+  variables = block.init(jax.random.key(1), x)
+  pixels = lambda x: (block.apply(variables, x)[0] * jnp.arange(1.0, 5)).sum(-1)
+  reach = np.abs(jax.jit(jax.jacrev(pixels))(x))[:, :, 0].sum(-1).reshape(side**2, side**2) > 1e-7
+  # Shifted by 2, windows of 4 cut the axis at 2 and 6, and what wraps around stays apart.
+  part = np.digitize(np.arange(side), [shift, side - window + shift])
+  region = (3 * part[:, None] + part).ravel()
+  np.testing.assert_array_equal(reach, region[:, None] == region)
+
+
+def test_dead_scores():
+  variables, score, _, images = network()
+  dead = jax.tree.map(lambda p: p, variables)
+  dead["params"]["score"]["bias"] = jnp.array([-1e3])
+  value, grads = jax.jit(jax.value_and_grad(lambda v: score(v, images).sum()))(dead)
+  assert value == 0 and not any(np.asarray(g).any() for g in jax.tree.leaves(grads))
+
+  def start(bias):
+    net = model(score_bias=bias)
+    once = lambda key: net.init_with_output(key, images)[0].max() == 0
+    return jax.jit(jax.vmap(once))(jax.random.split(jax.random.key(0), 64)).mean()
+
+  assert start(0.5) == 0
+  assert start(0.0) > 0.2  # of networks that begin about 0 are dead from the first step on
+
+
+def test_training_draws_noise():
+  variables, score, _, images = network()
+  noisy = lambda seed: model().apply(variables, images, train=True, rngs={"dropout": jax.random.key(seed)})
+  one, again, other = noisy(0), noisy(0), noisy(1)
+  np.testing.assert_array_equal(one, again)
+  assert np.abs(one - other).max() > 1e-3
+  still = model(dropout=0.0, drop_path=0.0).apply(variables, images, train=True)
+  np.testing.assert_allclose(still, score(variables, images), atol=1e-5)
+
+
+def test_crops():
+  rows, columns = np.mgrid[:7, :9]
+  image = jnp.asarray(np.stack([rows, columns, 0 * rows], -1), "float32")
+  crops = np.asarray(maniqa.random_crops(jax.random.key(0), image, 5, 200))
+  corner = crops[:, 0, 0].astype(int)
+  assert {tuple(c[:2]) for c in corner} == {(y, x) for y in range(3) for x in range(5)}
+  for (y, x, _), crop in zip(corner, crops, strict=True):
+    np.testing.assert_array_equal(crop, image[y : y + 5, x : x + 5])
+  corners = [tuple(c) for c in np.asarray(maniqa.five_crops(image, 5))[:, 0, 0, :2].astype(int)]
+  assert corners == [(0, 0), (0, 4), (2, 0), (2, 4), (1, 2)]
+  for call in (lambda: maniqa.random_crops(jax.random.key(0), image, 8), lambda: maniqa.five_crops(image, 8)):
+    with pytest.raises(ValueError, match="image: got shape"):
+      call()
+
+
+def test_ensemble_is_the_mean_over_crops():
+  variables, score, _, _ = network()
+  image = jax.random.normal(jax.random.key(3), (20, 24, 3))
+  crops = maniqa.random_crops(jax.random.key(4), image, 16, 3)
+  np.testing.assert_allclose(
+    maniqa.ensemble_score(model(), variables, image, jax.random.key(4), 3), score(variables, crops).mean(), rtol=1e-5
+  )
