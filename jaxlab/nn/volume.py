@@ -1,0 +1,228 @@
+"""Convolution and instance norm of volumes, NDHWC, in the form that is fastest on the backend at hand.
+
+On GPU and TPU the convolution is XLA's own. XLA's CPU backend is slow at it, most of all at its gradients, so there
+float32 and narrower types run as host kernels (`jaxlab.nn._volume`) in float32. Gradients are again such convolutions,
+so they can be differentiated further; forward-mode differentiation is not available on CPU.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxlab import kernels
+from jaxlab.nn import _volume
+
+Triple = tuple[int, int, int]
+
+
+def convolve(
+  x: Float[Array, "b d h w c"],
+  kernel: Float[Array, "i j k c o"],
+  bias: Float[Array, " o"] | None = None,
+  *,
+  strides: Sequence[int] = (1, 1, 1),
+) -> Float[Array, "b p q r o"]:
+  """Convolution with half a window of zeros on every side.
+
+  Args:
+    x: volumes.
+    kernel: filters with odd sides, of the dtype of `x`.
+    bias: added to every voxel.
+    strides: of the output voxels along depth, height and width.
+
+  Returns:
+    In the dtype of `x`, accumulated in float32; p = ceil(d / stride), and so on.
+
+  Raises:
+    ValueError: shapes that do not fit together, even windows, strides that are not three positive integers.
+  """
+  if x.ndim != 5 or kernel.ndim != 5 or kernel.shape[3] != x.shape[4]:
+    raise ValueError(f"kernel: got shape {kernel.shape}, expected (i, j, k, {x.shape[-1]}, outputs) for x of {x.shape}")
+  if any(side % 2 == 0 for side in kernel.shape[:3]):
+    raise ValueError(f"kernel: got a window of {kernel.shape[:3]}, expected odd sides")
+  if bias is not None and bias.shape != kernel.shape[4:]:
+    raise ValueError(f"bias: got shape {bias.shape}, expected {kernel.shape[4:]}")
+  if len(strides) != 3 or min(strides) < 1:
+    raise ValueError(f"strides: got {tuple(strides)}, expected three positive integers")
+  window, strides = kernel.shape[:3], tuple(int(s) for s in strides)
+  before = tuple(side // 2 for side in window)
+  if math.prod(window) == 1:
+    x = x[:, *(slice(None, None, s) for s in strides)]
+    y = jnp.einsum("bdhwc,co->bdhwo", x, kernel[0, 0, 0], preferred_element_type=jnp.float32).astype(x.dtype)
+  elif kernels.available() and all(jnp.finfo(a.dtype).bits <= 32 for a in (x, kernel)):
+    sides = tuple(-(-n // s) for n, s in zip(x.shape[1:4], strides, strict=True))
+    y = _convolve(x.astype(jnp.float32), kernel.astype(jnp.float32), strides, before, sides).astype(x.dtype)
+  else:
+    padding = [(p, p) for p in before]
+    y = jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
+  return y if bias is None else y + bias
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _convolve(x, kernel, strides, before, sides):
+  """y[o] = sum over taps t of x[o * strides + t - before] kernel[t], for `sides` voxels o; float32."""
+  out = kernel.shape[4]
+  kernel = _padded(kernel, out)
+  channels = kernel.shape[4]
+  lanes, vectors = _volume.lanes_for(channels), _volume.vectors_for(channels)
+  plan, items = _volume.plan(x.shape, kernel.shape[:3], sides, strides, before, channels=channels, sums=False)
+  result = jax.ShapeDtypeStruct((x.shape[0], *sides, channels), x.dtype)
+  host = _volume.convolve(_volume.tile_for(sides[2], vectors), vectors, lanes)
+  rows = kernel.reshape(*kernel.shape[:2], -1, channels)
+  (y,) = kernels.call(host, [result], x, rows, jnp.asarray(plan), items=items)
+  return y[..., :out]
+
+
+def _convolve_forward(x, kernel, strides, before, sides):
+  return _convolve(x, kernel, strides, before, sides), (x, kernel)
+
+
+def _convolve_backward(strides, before, sides, saved, g):
+  x, kernel = saved
+  return (
+    _transposed(g, kernel, strides, before, x.shape[1:4]),
+    _correlate(x, g, strides, before, kernel.shape[:3]),
+  )
+
+
+_convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def _transposed(g, kernel, strides, before, sides):
+  """The gradient of `_convolve` by x, of `sides`.
+
+  Voxel s * q + r of x meets only the taps t with s * o = s * q + r + before - t for a whole o, so the voxels of each
+  remainder r are a convolution of g of their own, by every s-th tap in reverse.
+  """
+  turned = jnp.swapaxes(kernel, 3, 4)
+
+  def along(axis, r):
+    s, p, k = strides[axis], before[axis], kernel.shape[axis]
+    first = (r + p) % s
+    last = first + (k - 1 - first) // s * s  # below `first` if no tap meets these voxels
+    return first, last, s, (last - r - p) // s, -(-(sides[axis] - r) // s)
+
+  def part(remainders):
+    taps = [along(axis, r) for axis, r in enumerate(remainders)]
+    shape = tuple(count for *_, count in taps)
+    if any(last < first for first, last, *_ in taps):
+      return jnp.zeros((g.shape[0], *shape, kernel.shape[3]), g.dtype)
+    chosen = turned[tuple(slice(first, last + 1, s) for first, last, s, *_ in taps)][::-1, ::-1, ::-1]
+    return _convolve(g, chosen, (1, 1, 1), tuple(lead for *_, lead, _ in taps), shape)
+
+  if tuple(strides) == (1, 1, 1):
+    return part((0, 0, 0))
+  whole = [-(-n // s) for n, s in zip(sides, strides, strict=True)]
+
+  def filled(remainders):
+    y = part(remainders)
+    return jnp.pad(y, ((0, 0), *((0, n - m) for n, m in zip(whole, y.shape[1:4], strict=True)), (0, 0)))
+
+  parts = jnp.stack([filled(r) for r in itertools.product(*map(range, strides))])
+  parts = parts.reshape(*strides, g.shape[0], *whole, -1).transpose(3, 4, 0, 5, 1, 6, 2, 7)
+  full = parts.reshape(g.shape[0], *(n * s for n, s in zip(whole, strides, strict=True)), -1)
+  return full[:, : sides[0], : sides[1], : sides[2]]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _correlate(x, g, strides, before, window):
+  """The gradient of `_convolve` by its kernel: sum over o of x[o * strides + t - before] g[o] for each tap t."""
+  out = g.shape[4]
+  g = _padded(g, out)
+  channels = g.shape[4]
+  lanes, vectors = _volume.lanes_for(channels), _volume.vectors_for(channels)
+  plan, items = _volume.plan(x.shape, window, g.shape[1:4], strides, before, channels=channels, sums=True)
+  parts, run = int(plan[-1]), window[2] * x.shape[4]
+  result = jax.ShapeDtypeStruct((parts, *window[:2], run, channels), x.dtype)
+  host = _volume.correlate(_volume.tile_for(run, vectors), vectors, lanes)
+  (sums,) = kernels.call(host, [result], x, g, jnp.asarray(plan), items=items)
+  return sums.sum(0)[..., :out].reshape(*window, x.shape[4], out)
+
+
+def _correlate_forward(x, g, strides, before, window):
+  return _correlate(x, g, strides, before, window), (x, g)
+
+
+def _correlate_backward(strides, before, window, saved, dkernel):
+  x, g = saved
+  return (
+    _transposed(g, dkernel, strides, before, x.shape[1:4]),
+    _convolve(x, dkernel, strides, before, g.shape[1:4]),
+  )
+
+
+_correlate.defvjp(_correlate_forward, _correlate_backward)
+
+
+def _padded(x, channels):
+  """Zeros behind the last axis, up to whole vectors."""
+  extra = -channels % _volume.lanes_for(channels)
+  return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, extra)]) if extra else x
+
+
+class Conv3D(nn.Module):
+  """Convolution of volumes; parameters `kernel` [k, k, k, C, features] and `bias` [features], as `flax.linen.Conv`.
+
+  Attributes:
+    features: outputs.
+    kernel_size: k, odd; `k // 2` zeros pad every side.
+    strides: of the output voxels.
+    dtype: compute dtype.
+    param_dtype: dtype of the parameters.
+    kernel_init: initialiser of the filters.
+  """
+
+  features: int
+  kernel_size: int = 3
+  strides: Triple = (1, 1, 1)
+  dtype: jax.typing.DTypeLike = "float32"
+  param_dtype: jax.typing.DTypeLike = "float32"
+  kernel_init: jax.nn.initializers.Initializer = nn.initializers.lecun_normal()
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b d h w c"]) -> Float[Array, "b p q r o"]:
+    """Volumes to volumes, in `dtype`."""
+    window = (self.kernel_size,) * 3
+    kernel = self.param("kernel", self.kernel_init, (*window, x.shape[-1], self.features), self.param_dtype)
+    bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+    x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+    return convolve(x, kernel, bias, strides=self.strides)
+
+
+class InstanceNorm(nn.Module):
+  """Norm over the voxels of each volume and channel, then a scale and an offset a channel, then a leaky ReLU.
+
+      y = (x - mean) / sqrt(var + epsilon) * scale + bias,   where y < 0 times negative_slope
+
+  Mean and biased variance are those of the volume at hand, in training and evaluation alike, in float32.
+
+  Attributes:
+    epsilon: added to the variance.
+    negative_slope: of the leaky ReLU; 1 for none.
+    dtype: dtype of the result.
+    param_dtype: dtype of the parameters `scale` and `bias`.
+  """
+
+  epsilon: float = 1e-5
+  negative_slope: float = 1.0
+  dtype: jax.typing.DTypeLike = "float32"
+  param_dtype: jax.typing.DTypeLike = "float32"
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b d h w c"]) -> Float[Array, "b d h w c"]:
+    """Volumes to volumes, in `dtype`."""
+    scale = self.param("scale", nn.initializers.ones, x.shape[-1:], self.param_dtype)
+    bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
+    wide = x.astype(jnp.float32)
+    mean = wide.mean((1, 2, 3), keepdims=True)
+    var = jnp.square(wide - mean).mean((1, 2, 3), keepdims=True)
+    y = (wide - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale.astype(jnp.float32)) + bias.astype(jnp.float32)
+    if self.negative_slope != 1:
+      y = jnp.where(y >= 0, y, self.negative_slope * y)
+    return y.astype(self.dtype)
