@@ -3,7 +3,7 @@
     F = [block 6, 7, 8, 9 of a ViT-B/8]                   tokens of 8x8 pixels, class token dropped
     F = Swin(reduce(TAB(TAB(F))))                         768 channels
     F = Swin(reduce(TAB(TAB(F))))                         384 channels
-    score = sum_p f_p g_p / sum_p g_p                     f = ReLU(MLP(F)) a patch's score, g = sigmoid(MLP(F)) its weight
+    score = sum_p f_p g_p / sum_p g_p                     f = ReLU(MLP(F)) scores a patch, g = sigmoid(MLP(F)) weighs it
 
 A transposed attention block (TAB) lets channels attend to channels; the patches are what a channel is described by, so
 its weights depend on their number and the size of the images is fixed. A Swin stage is two groups of two blocks of
@@ -23,7 +23,7 @@ taken as a softmax, which is the same and has a value where all g underflow. Hid
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jaxlab import interop
+from jaxlab import checks, interop
 from jaxlab.nn import transformer
 from jaxlab.nn.attention import multi_head_attention
 from jaxlab.nn.drop_path import DropPath, linear_rates
@@ -44,8 +44,9 @@ _kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 _vit_init = nn.initializers.normal(0.02)
 
 
-def _bias_init(fan_in: int) -> jax.nn.initializers.Initializer:
-  return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -1, 1) * fan_in**-0.5
+def _bias_init(fan_in: int) -> nn.initializers.Initializer:
+  bound = fan_in**-0.5
+  return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def _linear(module: nn.Module, x: Array, features: int, name: str, **changes: Any) -> Array:
@@ -292,7 +293,7 @@ class MANIQA(nn.Module):
     score = nn.relu(branch("score", bias_init=nn.initializers.constant(self.score_bias)))
     logit = branch("weight")
     if patches:
-      return tuple(y.reshape(batch, side, side) for y in (score, nn.sigmoid(logit)))
+      return score.reshape(batch, side, side), nn.sigmoid(logit).reshape(batch, side, side)
     return weighted_mean(score, logit)
 
   def _check(self, images: Array) -> None:
@@ -306,16 +307,14 @@ class MANIQA(nn.Module):
       raise ValueError(f"width: got {self.width}, expected a multiple of 2 and of {self.num_heads} heads")
     if not self.taps or min(self.taps) < 0:
       raise ValueError(f"taps: got {self.taps}, expected numbers of blocks, from 0")
-    if self.num_tab < 0:
-      raise ValueError(f"num_tab: got {self.num_tab}, expected at least 0")
+    checks.count("num_tab", self.num_tab, 0)
     if len(self.stage_heads) != len(self.depths):
       raise ValueError(f"stage_heads: got {self.stage_heads}, expected one a group, {len(self.depths)}")
     side = self.image_size // self.patch_size
     if self.depths and (self.window < 1 or side % min(self.window, side)):
       raise ValueError(f"window: got {self.window}, expected a divisor of the {side} patches of a side")
-    for name in ("dropout", "drop_path"):
-      if not 0 <= getattr(self, name) < 1:
-        raise ValueError(f"{name}: got {getattr(self, name)}, expected a probability in [0, 1)")
+    checks.rate("dropout", self.dropout)
+    checks.rate("drop_path", self.drop_path)
 
 
 def weighted_mean(score: Float[Array, "b t"], logit: Float[Array, "b t"]) -> Float[Array, " b"]:
@@ -365,22 +364,29 @@ def five_crops(image: Float[Array, "h w c"], size: int) -> Float[Array, "5 s s c
 
 
 def ensemble_score(
-  model: MANIQA, variables: Any, image: Float[Array, "h w c"], key: Key[Array, ""], count: int = 20
+  score: Callable[[Float[Array, "n s s c"]], Float[Array, " n"]],
+  image: Float[Array, "h w c"],
+  key: Key[Array, ""],
+  *,
+  size: int = 224,
+  count: int = 20,
 ) -> Float[Array, ""]:
-  """Score of a picture of any size: the mean over random crops. It may be jitted, with `model` and `count` static.
+  """Score of a picture of any size: the mean over random crops.
 
   Args:
-    model: whose `image_size` is the crops'.
-    variables: of the model.
-    image: floats in [-1, 1], sides of at least `image_size`.
+    score: crops -> scores, such as `jax.jit(functools.partial(model.apply, variables))`.
+    image: floats in [-1, 1], sides of at least `size`.
     key: of the crops' places.
+    size: of the crops, the model's `image_size`.
     count: crops.
 
   Returns:
     The mean, in float32.
+
+  Raises:
+    ValueError: an image that is too small.
   """
-  scores: Any = model.apply(variables, random_crops(key, image, model.image_size, count))
-  return scores.astype(jnp.float32).mean()
+  return score(random_crops(key, image, size, count)).astype(jnp.float32).mean()
 
 
 def _check_crop(image: Array, size: int) -> None:
