@@ -26,6 +26,9 @@ Direction = tuple[Order, bool]  # and whether it is read backwards
 SS2D: tuple[Direction, ...] = (("rows", False), ("columns", False), ("rows", True), ("columns", True))
 """Those of VMamba, in the order of its parameters."""
 
+CS2D: tuple[Direction, ...] = (("rows", False), ("columns", True), ("diagonals", False), ("antidiagonals", True))
+"""Rows, columns and both diagonals, each once (Cao et al., arXiv:2410.05624), two of them backwards."""
+
 
 @functools.cache
 def order(kind: Order, height: int, width: int) -> Int[np.ndarray, " pixels"]:

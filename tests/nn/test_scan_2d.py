@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 
 from jaxlab.nn import scan_2d
-from jaxlab.nn.scan_2d import SS2D, SelectiveScan2D
+from jaxlab.nn.scan_2d import CS2D, SS2D, SelectiveScan2D
 
-CROSS = (("rows", False), ("columns", True), ("diagonals", False), ("antidiagonals", True))
-KINDS = [kind for kind, _ in CROSS]
+KINDS = [kind for kind, _ in CS2D]
 
 
 def layer(directions, seed=0, shape=(2, 3, 5, 6)):
@@ -41,18 +40,18 @@ def by_steps(params, x, directions):
   return out
 
 
-@pytest.mark.parametrize("directions", [SS2D, CROSS, (("columns", True),)])
+@pytest.mark.parametrize("directions", [SS2D, CS2D, (("columns", True),)])
 def test_is_the_recurrence_along_each_order(directions):
   model, params, x = layer(directions)
   np.testing.assert_allclose(jax.jit(model.apply)(params, x), by_steps(params, x, directions), atol=2e-5)
 
 
 def test_gradient_is_the_derivative():
-  model, params, x = layer(CROSS, shape=(1, 3, 4, 3))
+  model, params, x = layer(CS2D, shape=(1, 3, 4, 3))
   target = np.random.default_rng(1).standard_normal(x.shape)
   gradient = jax.jit(jax.grad(lambda p, x: jnp.vdot(model.apply(p, x), target.astype("float32")), (0, 1)))(params, x)
   moved = jax.tree.map(lambda a: np.random.default_rng(a.size).standard_normal(a.shape), (params, x))
-  loss = lambda t: np.vdot(by_steps(*jax.tree.map(lambda a, m: a + t * m, (params, x), moved), CROSS), target)
+  loss = lambda t: np.vdot(by_steps(*jax.tree.map(lambda a, m: a + t * m, (params, x), moved), CS2D), target)
   slope = (loss(1e-4) - loss(-1e-4)) / 2e-4
   pairs = zip(jax.tree.leaves(gradient), jax.tree.leaves(moved), strict=True)
   np.testing.assert_allclose(sum(np.vdot(g, m) for g, m in pairs), slope, rtol=2e-4)

@@ -1,0 +1,288 @@
+"""CVMH-UNet on street scenes: what cross scans and frequency fusion are worth beside VM-UNet and a plain U-Net.
+
+    python experiments/cvmh_unet.py                  # three networks of 0.7M parameters on CamVid, minutes
+    python experiments/cvmh_unet.py --ablation       # and CVMH-UNet without each of its parts
+    python experiments/cvmh_unet.py --preset paper   # the full network, on a host with GPUs
+
+CamVid is read from JAXLAB_DATA/camvid. All networks see the same crops in the same order, for as many steps, with the
+same rates and loss (cross entropy and Dice), and have about as many parameters. Reported is, on the whole test images
+and over the pixels that have a class, the mean intersection over union (mIoU) of the 11 classes, the mean of their F1
+scores, and the share of pixels that are right.
+"""
+
+import dataclasses
+import pathlib
+import sys
+import time
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import rich
+import rich.table
+import tyro
+
+from jaxlab import train
+from jaxlab.data import camvid
+from jaxlab.models import cvmh_unet
+from jaxlab.nn.module import precision
+from jaxlab.nn.scan_2d import SS2D
+from jaxlab.train import figures
+
+COMPARED = ("CVMH-UNet", "VM-UNet", "U-Net")
+ABLATIONS: dict[str, dict[str, Any]] = {
+  "SS2D for CS2D": {"directions": SS2D},
+  "no local branch": {"local": False},
+  "no residual": {"residual": False},
+  "sums for fusion": {"skip": "add"},
+  "one scale": {"pointwise": False},
+  "one frequency": {"frequencies": 1},
+  "dense for convolution": {"attention": "dense"},
+}
+
+
+class UNet(nn.Module):
+  """The baseline: two 3 x 3 convolutions with BatchNorm a stage, maxima down, 2 x 2 pixels from channels up.
+
+  Attributes:
+    num_classes: K.
+    widths: channels of each stage, the first at the images' size.
+    dtype: compute dtype.
+    param_dtype: parameter dtype.
+  """
+
+  num_classes: int
+  widths: tuple[int, ...]
+  dtype: jax.typing.DTypeLike = "float32"
+  param_dtype: jax.typing.DTypeLike = "float32"
+
+  @nn.compact
+  def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+    """Images [B, H, W, C] to logits [B, H, W, K]; sides that halvings do not divide are padded as CVMH-UNet's."""
+    unit, (height, width) = 2 ** (len(self.widths) - 1), images.shape[1:3]
+    x = jnp.pad(images, ((0, 0), (0, -height % unit), (0, -width % unit), (0, 0)), mode="edge").astype(self.dtype)
+
+    def convolve(x: jax.Array, width: int) -> jax.Array:
+      for _ in range(2):
+        x = nn.Conv(width, (3, 3), use_bias=False, **precision(self))(x)
+        x = nn.relu(nn.BatchNorm(not train, momentum=0.9, **precision(self))(x))
+      return x
+
+    maps = []
+    for channels in self.widths:
+      x = convolve(nn.max_pool(x, (2, 2), (2, 2)) if maps else x, channels)
+      maps.append(x)
+    for channels, skip in zip(self.widths[-2::-1], maps[-2::-1], strict=True):
+      x = nn.ConvTranspose(channels, (2, 2), (2, 2), **precision(self))(x)
+      x = convolve(jnp.concatenate([skip, x], -1), channels)
+    return nn.Dense(self.num_classes, **precision(self))(x)[:, :height, :width]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What to run."""
+
+  preset: Literal["demo", "paper"] = "demo"
+  """demo: 0.7M parameters on crops; paper: the full network, 100 epochs of 512 pixels, batches of 8."""
+  height: int = 180
+  """Of the images; CamVid's own is 360."""
+  width: int = 240
+  """Of the images; CamVid's own is 480."""
+  crop: tuple[int, int] = (128, 160)
+  """Height and width of what is trained on, multiples of 32."""
+  steps: int = 500
+  """Updates."""
+  batch_size: int = 8
+  """Crops a step."""
+  learning_rate: float = 2e-3
+  """Highest rate of AdamW, after a tenth of the steps; falls as a cosine to a hundredth."""
+  weight_decay: float = 0.01
+  """Of kernels."""
+  drop_path: float = 0.05
+  """Rate of the deepest blocks."""
+  dtype: Literal["float32", "bfloat16"] = "float32"
+  """Of the computation."""
+  seeds: int = 1
+  """Independent runs: weights, crops, order."""
+  ablation: bool = False
+  """Also train CVMH-UNet without each of its parts."""
+  workdir: pathlib.Path = pathlib.Path("runs/cvmh_unet")
+  """Each run has its folder in here and resumes from it."""
+
+
+PAPER = Config("paper", 360, 480, (352, 480), 4600, 8, 1e-3, 0.01, 0.2, "bfloat16")
+
+
+def network(config: Config, name: str) -> nn.Module:
+  """A model by its name in `COMPARED` or `ABLATIONS`; those compared have equally many parameters, within 3 %."""
+  classes, small = len(camvid.CLASSES), config.preset == "demo"
+  shape: dict[str, Any] = {"dtype": config.dtype, "drop_path": config.drop_path}
+  if small:
+    shape |= {"encoder_depths": (1, 1, 2, 1), "decoder_depths": (1, 1, 1, 1)}
+  if name == "U-Net":
+    return UNet(classes, (12, 24, 48, 96, 96) if small else (64, 128, 256, 512, 1024), dtype=config.dtype)
+  if name == "VM-UNet":
+    return cvmh_unet.vm_unet(classes, **shape, **({"widths": (16, 32, 68, 136)} if small else {}))
+  shape |= {"widths": (16, 32, 64, 128)} if small else {}
+  return cvmh_unet.CVMHUNet(classes, **shape, **ABLATIONS.get(name, {}))
+
+
+def learner(config: Config, model: nn.Module) -> train.Learner:
+  """AdamW with a warm-up and cosine decay, cross entropy and Dice over the pixels that have a class."""
+  rate, warm = config.learning_rate, max(config.steps // 10, 1)
+  schedule = optax.warmup_cosine_decay_schedule(0, rate, warm, config.steps, rate / 100)
+  tx = optax.chain(
+    optax.clip_by_global_norm(1.0),
+    optax.adamw(schedule, weight_decay=config.weight_decay, mask=cvmh_unet.decay_mask),
+  )
+
+  def loss(logits: jax.Array, batch: train.Batch) -> tuple[jax.Array, train.Metrics]:
+    valid = batch["label"] != camvid.VOID
+    hit = (logits.argmax(-1) == batch["label"]) & valid
+    value = cvmh_unet.cross_entropy_and_dice(logits, batch["label"], valid)
+    return value, {"accuracy": hit.sum() / jnp.maximum(valid.sum(), 1)}
+
+  return train.supervised(model, loss, tx)
+
+
+def normalise(image: np.ndarray) -> np.ndarray:
+  """Bytes as floats of mean 0 and deviation 1."""
+  return ((image / np.float32(255) - np.float32(camvid.MEAN)) / np.float32(camvid.STD)).astype(np.float32)
+
+
+def confusion(predicted: np.ndarray, label: np.ndarray) -> np.ndarray:
+  """Pixels of each class [K, K], rows the truth, columns the prediction; void is left out."""
+  classes, valid = len(camvid.CLASSES), label != camvid.VOID
+  pairs = label[valid].astype(int) * classes + predicted[valid]
+  return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+
+
+def scores(pairs: np.ndarray) -> dict[str, float]:
+  """Percentages from a confusion matrix."""
+  both, either = np.diag(pairs), pairs.sum(0) + pairs.sum(1)
+  iou, f1 = 100 * both / np.maximum(either - both, 1), 200 * both / np.maximum(either, 1)
+  total = {"mIoU": iou.mean(), "mean F1": f1.mean(), "accuracy": 100 * both.sum() / max(pairs.sum(), 1)}
+  return {k: float(v) for k, v in (total | dict(zip(camvid.CLASSES, iou, strict=True))).items()}
+
+
+def run(config: Config, name: str, seed: int, data: camvid.Scenes, test: camvid.Scenes) -> tuple[dict, np.ndarray]:
+  """Scores and prediction of the test images."""
+  model, (height, width) = network(config, name), config.crop
+
+  def batch(step: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng((seed, step))
+    images, labels = [], []
+    for i in rng.choice(len(data.image), config.batch_size, replace=False):
+      top, left = (
+        rng.integers(0, total - side + 1) for total, side in zip(data.label.shape[1:], config.crop, strict=True)
+      )
+      where = i, slice(top, top + height), slice(left, left + width)
+      flip = slice(None, None, rng.choice((-1, 1)))
+      images.append(data.image[where][:, flip])
+      labels.append(data.label[where][:, flip])
+    return {"image": normalise(np.stack(images)), "label": np.stack(labels).astype(np.int32)}
+
+  kept = train.result.settings(dataclasses.asdict(config) | {"network": name, "seed": seed})
+  for key in ("workdir", "seeds", "ablation"):
+    kept.pop(key)
+  state = train.fit(
+    learner(config, model),
+    batch,
+    steps=config.steps,
+    workdir=folder(config) / name.replace(" ", "_") / f"seed{seed}",
+    key=jax.random.key(seed),
+    config=kept,
+    mesh=train.mesh() if jax.device_count() > 1 else None,
+    tensorboard=False,
+  )
+  call = jax.jit(lambda v, x: model.apply(v, x).argmax(-1).astype("uint8"))
+  variables, size = jax.device_get(state.variables), 8
+  predicted = []
+  for i in range(0, len(test.image), size):
+    images = test.image[i : i + size]
+    filled = np.pad(images, ((0, size - len(images)), (0, 0), (0, 0), (0, 0)))  # one shape, one program
+    predicted.append(np.asarray(call(variables, normalise(filled)))[: len(images)])
+  predicted = np.concatenate(predicted)
+  count = sum(p.size for p in jax.tree.leaves(variables["params"]))
+  return {**scores(confusion(predicted, test.label)), "parameters": count}, predicted
+
+
+def folder(config: Config) -> pathlib.Path:
+  """Of the runs of these settings."""
+  return config.workdir / f"{config.preset}-{config.height}x{config.width}-{config.steps}"
+
+
+def draw(
+  config: Config, measured: dict[str, list[dict[str, float]]], shown: dict[str, np.ndarray], test: camvid.Scenes
+) -> pathlib.Path:
+  """IoU of each class, and what the first seed's networks see in four test images."""
+  figure, axes = figures.subplots(2, 1, width=9, height=4)
+  names = [name for name in measured if name in COMPARED]
+  groups, width = ["mIoU", *camvid.CLASSES], 0.8 / len(names)
+  for i, name in enumerate(names):
+    values = np.array([[one[group] for group in groups] for one in measured[name]])
+    spread = values.std(0, ddof=1) if len(values) > 1 else None
+    axes[0, 0].bar(np.arange(len(groups)) + i * width, values.mean(0), width, yerr=spread, label=name)
+  axes[0, 0].set(xticks=np.arange(len(groups)) + 0.4 - width / 2, ylabel="IoU (%)", ylim=(0, 100))
+  axes[0, 0].set_xticklabels(groups, rotation=30)
+  axes[0, 0].legend(fontsize=8)
+  rows = np.linspace(0, len(test.image) - 1, 4).astype(int)
+  columns = [test.image[rows], camvid.PALETTE[test.label[rows]], *(camvid.PALETTE[shown[name][rows]] for name in names)]
+  axes[1, 0].imshow(np.concatenate([np.concatenate(list(column), 1) for column in columns]))
+  axes[1, 0].set_title("from above: image, truth, " + ", ".join(names), fontsize=8)
+  axes[1, 0].set_axis_off()
+  figure.set_size_inches(9, 4 + 9 * len(columns) * test.label.shape[1] / (4 * test.label.shape[2]))
+  return figures.save(figure, folder(config) / "comparison.png")
+
+
+def main(config: Config) -> None:
+  """Trains, tests and reports."""
+  began = time.monotonic()
+  if config.seeds < 1 or config.steps < 10:
+    raise ValueError(f"seeds, steps: got {config.seeds}, {config.steps}, expected at least 1 and 10")
+  if config.crop[0] > config.height or config.crop[1] > config.width or min(config.crop) < 1:
+    raise ValueError(f"crop: got {config.crop}, expected at most the images' size, {config.height} x {config.width}")
+  data, test = (camvid.load(split, (config.height, config.width)) for split in ("train", "test"))
+  names = [*COMPARED, *(ABLATIONS if config.ablation else ())]
+  measured: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+  shown: dict[str, np.ndarray] = {}
+  for seed in range(config.seeds):
+    for name in names:
+      one, predicted = run(config, name, seed, data, test)
+      measured[name].append(one)
+      shown.setdefault(name, predicted)
+      rich.print(f"{name}, seed {seed}: " + ", ".join(f"{k} {one[k]:.1f}" for k in ("mIoU", "mean F1", "accuracy")))
+  table = rich.table.Table("network", "parameters", "mIoU", "mean F1", "accuracy", title="CamVid, test images (%)")
+  for name, runs in measured.items():
+    means = (f"{np.mean([one[k] for one in runs]):.1f}" for k in ("mIoU", "mean F1", "accuracy"))
+    table.add_row(name, f"{runs[0]['parameters']:,}", *means)
+  rich.print(table)
+  metrics = {f"{name}, {k}": [one[k] for one in runs] for name, runs in measured.items() for k in runs[0]}
+  mean = {name: float(np.mean([one["mIoU"] for one in runs])) for name, runs in measured.items()}
+  others = [f"{mean['CVMH-UNet'] - value:+.1f} points against {name}" for name, value in mean.items()][1:]
+  path = train.write_result(
+    folder(config),
+    system="cvmh_unet",
+    claim="mIoU of CVMH-UNet: " + ", ".join([f"{mean['CVMH-UNet']:.1f} %", *others]) + ".",
+    dataset=f"CamVid at {config.height} x {config.width}, 367 images to train on, 233 to test on, 11 classes",
+    config=config,
+    metrics=metrics,
+    published={},
+    seed=list(range(config.seeds)),
+    wall_time=time.monotonic() - began,
+  )
+  rich.print(f"{path}\n{draw(config, measured, shown, test)}")
+
+
+def parse(args: Any = None) -> Config:
+  """The command line; `--preset paper` decides what the other options default to."""
+  words = list(sys.argv[1:] if args is None else args)
+  default = PAPER if "paper" in words else Config()
+  return tyro.cli(Config, args=words, default=default, description=__doc__)
+
+
+if __name__ == "__main__":
+  main(parse())
