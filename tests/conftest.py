@@ -2,14 +2,25 @@
 
 import os
 
-# Parallel forms are tested on eight virtual devices. Test processes share the cores, so each stays with few threads.
-os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
+# Parallel forms are tested on eight virtual devices. Toy networks compile for longer than they run, so LLVM is told not
+# to optimise; XLA's own passes are those of every program.
+flags = ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0")
+os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *flags)).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import hypothesis
+import pytest
 
 # Compiling inside a property makes its first example slow; deadlines would only measure that.
 hypothesis.settings.register_profile("jaxlab", deadline=None, max_examples=20, derandomize=True)
 hypothesis.settings.load_profile("jaxlab")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+  """A file's tests stay in one process, so that what they share is compiled once."""
+  for item in items:
+    if item.get_closest_marker("xdist_group") is None:
+      item.add_marker(pytest.mark.xdist_group(str(item.path)))
