@@ -34,6 +34,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxlab import checks, interop, train
+from jaxlab.nn.batch_norm import BatchNormAct
 from jaxlab.nn.dropout import dropout
 from jaxlab.nn.module import precision
 from jaxlab.nn.points import check_points, farthest_points, gather_points, nearest_points, random_rotations
@@ -135,41 +136,6 @@ def orthogonality_loss(directions: Float[Array, "*b 2 3"]) -> Float[Array, ""]:
 # -------------------------------------------------------------------------------------------------------------- layers
 
 
-class MaxBatchNorm(nn.Module):
-  """max over k of batch_norm(x): statistics of all of x, but only the largest (for a negative scale, smallest) entries
-  are normalised. Attributes as in `nn.BatchNorm`, with the same variables."""
-
-  momentum: float = 0.9
-  epsilon: float = 1e-5
-  dtype: jax.typing.DTypeLike = "float32"
-  param_dtype: jax.typing.DTypeLike = "float32"
-  axis_name: str | None = None
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "*b k c"], *, train: bool) -> Float[Array, "*b c"]:
-    """Args: x. Returns the maxima over the axis before the last."""
-    channels = x.shape[-1:]
-    scale = self.param("scale", nn.initializers.ones, channels, self.param_dtype).astype(jnp.float32)
-    bias = self.param("bias", nn.initializers.zeros, channels, self.param_dtype).astype(jnp.float32)
-    mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
-    var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
-    if train:
-      wide = x.astype(jnp.float32)
-      axes = tuple(range(x.ndim - 1))
-      moments = jnp.stack([wide.mean(axes), (wide * wide).mean(axes)])
-      if self.axis_name is not None and not self.is_initializing():
-        moments = jax.lax.pmean(moments, self.axis_name)
-      centre, spread = moments[0], jnp.maximum(moments[1] - moments[0] ** 2, 0)
-      if not self.is_initializing():
-        mean.value = self.momentum * mean.value + (1 - self.momentum) * centre
-        var.value = self.momentum * var.value + (1 - self.momentum) * spread
-    else:
-      centre, spread = mean.value, var.value
-    sign = jnp.where(scale < 0, -1, 1)
-    largest = (x * sign.astype(x.dtype)).max(-2).astype(jnp.float32) * sign
-    return ((largest - centre) * (scale * jax.lax.rsqrt(spread + self.epsilon)) + bias).astype(self.dtype)
-
-
 class MLP(nn.Module):
   """Layers without bias, each with batch normalisation and (leaky) ReLU.
 
@@ -193,24 +159,18 @@ class MLP(nn.Module):
   def __call__(self, x: Float[Array, "... c"], *, train: bool, normalize_first: bool = False) -> Float[Array, "... d"]:
     """Args: x, rows; `normalize_first` if it is to be normalised before the first layer. Returns rows, or maxima."""
     options = precision(self)
+    norm = functools.partial(BatchNormAct, self.slope, axis_name=self.axis_name, **options)
+    shape = x.shape
+    x = x.reshape(-1, shape[-1])  # gradients of kernels over several axes of rows cost XLA a transposition on CPU
     if normalize_first:
-      x = self._norm(0, train)(x)
+      x = norm(name="norm0")(x, train=train)
     for i, width in enumerate(self.widths, start=1):
       x = nn.Dense(width, use_bias=False, name=f"dense{i}", **options)(x)
-      if self.pool and i == len(self.widths):
-        norm = MaxBatchNorm(axis_name=self.axis_name, name=f"norm{i}", **options)
-        return self._activate(norm(x, train=train))
-      x = self._norm(i, train)(x)
-    return x
-
-  def _norm(self, i: int, train: bool) -> Any:
-    norm = nn.BatchNorm(
-      not train, momentum=0.9, epsilon=1e-5, axis_name=self.axis_name, name=f"norm{i}", **precision(self)
-    )
-    return lambda x: self._activate(norm(x))
-
-  def _activate(self, x: Array) -> Array:
-    return nn.leaky_relu(x, self.slope) if self.slope else nn.relu(x)
+      pool = self.pool and i == len(self.widths)
+      if pool:
+        x = x.reshape(*shape[:-1], width)
+      x = norm(pool=pool, name=f"norm{i}")(x, train=train)
+    return x if self.pool else x.reshape(*shape[:-1], x.shape[-1])
 
 
 class Disentangle(nn.Module):
@@ -269,6 +229,7 @@ class Encoder(nn.Module):
   global_size: int
   neighbors: int
   width: int
+  restore_pose: bool = True
   dtype: jax.typing.DTypeLike = "float32"
   param_dtype: jax.typing.DTypeLike = "float32"
   axis_name: str | None = None
@@ -288,7 +249,7 @@ class Encoder(nn.Module):
     frames = frame(directions)
     offset = gather_points(centres, index) - centres[:, :, None]
     near = gather_points(frames.reshape(*frames.shape[:2], 9), index).reshape(*index.shape, 3, 3)
-    pose = relative_pose(near, frames[:, :, None], offset).astype(self.dtype)
+    pose = self._pose(near, frames[:, :, None], offset).astype(self.dtype)
     h = MLP((c // 4,), name="neighbor_pose", **options)(pose, train=train)
     rows = EdgeDense(c, name="neighbor_edge", **precision(self))(feature, index, h)
     aggregate = MLP((c, c), pool=True, name="neighbor_mlp", **options)
@@ -296,7 +257,11 @@ class Encoder(nn.Module):
 
     pair = frame(directions, differentiable=False), frame(view_directions, differentiable=False)
     siamese = None if local_losses is None else Siamese(*map(jnp.stack, zip(local_losses, view_losses, strict=True)))
-    return Encoding(centres, gathered, view, relative_pose(*pair, centres), pair, siamese)
+    return Encoding(centres, gathered, view, self._pose(*pair, centres), pair, siamese)
+
+  def _pose(self, first: Array, second: Array, offset: Array) -> Array:
+    pose = relative_pose(first, second, offset)
+    return pose if self.restore_pose else jnp.zeros_like(pose)
 
   def _sample(self, points: Array, train: bool) -> tuple[Array, Array]:
     """Indices of the centres and of the points of the global patch."""
@@ -336,8 +301,9 @@ def _check(module: Any, points: Array) -> None:
 def _encode(module: Any, points: Array, train: bool) -> tuple[Encoding, Float[Array, "b s e"], Float[Array, "b d"]]:
   """The encoding, its pose embedded, and the vector e of the whole cloud, in submodules of `module`."""
   c, options = module.width, precision(module) | {"axis_name": module.axis_name}
-  sizes = {name: getattr(module, name) for name in ("num_patches", "patch_size", "global_size", "neighbors")}
-  code = Encoder(**sizes, width=c, name="encoder", **options)(points.astype(jnp.float32), train=train)
+  names = ("num_patches", "patch_size", "global_size", "neighbors", "width", "restore_pose")
+  sizes = {name: getattr(module, name) for name in names}
+  code = Encoder(**sizes, name="encoder", **options)(points.astype(jnp.float32), train=train)
   pose = code.pose.astype(module.dtype)
   h = MLP((c // 4,), slope=0.2, name="scale_pose", **options)(pose, train=train)
   rows = jnp.concatenate([code.local, code.view, h], -1)
@@ -354,6 +320,7 @@ class PaRot(nn.Module):
     global_size: points of the cloud that a centre sees it by.
     neighbors: centres that a centre hears, itself included.
     width: channels of a feature, a multiple of 4; other layers are in proportion.
+    restore_pose: False hides relative poses between patches, to see what they are worth.
     dropout: rate in the head; training needs a "dropout" key in any case, for rotations.
     dtype: compute dtype of layers. Geometry, losses and statistics are float32.
     param_dtype: parameter dtype.
@@ -366,6 +333,7 @@ class PaRot(nn.Module):
   global_size: int = 32
   neighbors: int = 32
   width: int = 128
+  restore_pose: bool = True
   dropout: float = 0.5
   dtype: jax.typing.DTypeLike = "float32"
   param_dtype: jax.typing.DTypeLike = "float32"
@@ -419,6 +387,7 @@ class PaRotParts(nn.Module):
   interpolate: int = 11
   centre_quirk: bool = False
   width: int = 128
+  restore_pose: bool = True
   dropout: float = 0.5
   dtype: jax.typing.DTypeLike = "float32"
   param_dtype: jax.typing.DTypeLike = "float32"

@@ -5,7 +5,6 @@ import golden_rule
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from scipy.spatial.transform import Rotation
 
@@ -244,41 +243,6 @@ def test_orthogonality_loss():
   np.testing.assert_allclose(parot.orthogonality_loss(tilted), 0.36, rtol=1e-6)
 
 
-def test_directions_are_learned():
-  """A patch network trained on the siamese losses alone: L_dir falls more than tenfold, on rotations not seen."""
-  net = parot.Disentangle(32)
-  rng = np.random.default_rng(0)
-  patches = (normal(8, 8, 12, 3) * [1, 0.6, 0.3] + [0.6, 0.3, 0.0]) @ Rotation.random(rng=rng).as_matrix()
-  patches = patches.astype("float32")
-  tx = optax.adam(3e-3)
-  state = net.init(jax.random.key(0), patches, train=False)
-  params, statistics = state["params"], state["batch_stats"]
-
-  def losses(params, statistics, key):
-    r1, r2 = parot.random_rotations(key, (2, 8, 8))
-    see = lambda s, r: net.apply(
-      {"params": params, "batch_stats": s}, parot.rotate(patches, r), train=True, mutable=["batch_stats"]
-    )
-    (_, d1), updated = see(statistics, r1)
-    (_, d2), updated = see(updated["batch_stats"], r2)
-    direction, orthogonality = parot.direction_loss(d1, d2, r1, r2), parot.orthogonality_loss(d1)
-    return direction + 0.2 * orthogonality, (updated["batch_stats"], direction)
-
-  @jax.jit
-  def many(params, statistics):
-    def step(carry, i):
-      params, statistics, opt_state = carry
-      grads, (statistics, direction) = jax.grad(losses, has_aux=True)(params, statistics, jax.random.key(i))
-      updates, opt_state = tx.update(grads, opt_state)
-      return (optax.apply_updates(params, updates), statistics, opt_state), direction
-
-    return jax.lax.scan(step, (params, statistics, tx.init(params)), jnp.arange(400))
-
-  _, direction = many(params, statistics)
-  assert direction[0] > 0.3
-  assert direction[-20:].mean() < direction[0] / 10
-
-
 def test_training_returns_the_siamese_losses():
   points, label = normal(4, 20, 3), np.array([0, 1, 2, 1])
 
@@ -306,29 +270,6 @@ def test_training_returns_the_siamese_losses():
 
 
 # --------------------------------------------------------------------------------------------------------------- layers
-
-
-@pytest.mark.parametrize("train", [False, True])
-def test_maximum_before_the_norm_is_the_maximum_after_it(train):
-  x, cotangent = normal(3, 4, 5, 6), normal(3, 4, 6, seed=1)
-  mine, plain = parot.MaxBatchNorm(), nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5)
-  made = randomised(jax.eval_shape(lambda: mine.init(jax.random.key(0), x, train=False)))
-  made["params"]["scale"] *= [1, -1, 1, -1, 1, 1]
-  assert jax.tree.map(np.shape, made) == jax.tree.map(np.shape, jax.eval_shape(plain.init, jax.random.key(0), x))
-
-  def after(variables, x):
-    y, updated = plain.apply(variables, x, mutable=["batch_stats"])
-    return nn.relu(y).max(-2), updated
-
-  def before(variables, x):
-    y, updated = mine.apply(variables, x, train=train, mutable=["batch_stats"])
-    return nn.relu(y), updated
-
-  results = []
-  for function in (before, after):
-    y, pull, updated = jax.vjp(function, made, x, has_aux=True)
-    results.append((y, pull(jnp.asarray(cotangent)), updated))
-  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), *results)
 
 
 def test_edge_layer_is_a_dense_layer_of_pairs():
