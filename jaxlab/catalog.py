@@ -55,7 +55,7 @@ SYSTEMS: tuple[System, ...] = (
   System("ordinal_shading", "models", "Ordinal shading", "Intrinsic Image Decomposition via Ordinal Shading", "2311.12792"),
   System("iagc", "models", "IAGC", "Low-Light Image Enhancement with Illumination-Aware Gamma Correction and Complete Image Modelling Network", "2308.08220"),
   System("parot", "models", "PaRot", "PaRot: Patch-Wise Rotation-Invariant Network via Feature Disentanglement and Pose Restoration", "2302.02331", "done"),
-  System("scalelong", "models", "ScaleLong", "ScaleLong: Towards More Stable Training of Diffusion Model via Scaling Network Long Skip Connection", "2310.13545"),
+  System("scalelong", "models", "ScaleLong", "ScaleLong: Towards More Stable Training of Diffusion Model via Scaling Network Long Skip Connection", "2310.13545", "done"),
   System("decentralized_diffusion", "models", "DDM", "Decentralized Diffusion Models", "2501.05450"),
   System("fast_fourier_cnn", "models", "FFDNN", "A Fast Fourier Convolutional Deep Neural Network For Accurate and Explainable Discrimination Of Wheat Yellow Rust And Nitrogen Deficiency From Sentinel-2 Time-Series Data", "2306.17207"),
   System("mip_hypernetwork", "models", "MIP", "Magnitude Invariant Parametrizations Improve Hypernetwork Learning", "2304.07645"),

@@ -1,0 +1,455 @@
+"""ScaleLong on small images: how steadily a deep U-ViT trains with and without multipliers on its long skips.
+
+    python experiments/scalelong.py                      # digits of 8x8 pixels, a network of 0.7M parameters
+    python experiments/scalelong.py --preset mnist       # samples of 28x28 pixels, from one scaling and rate
+    python experiments/scalelong.py --preset paper       # U-ViT-S/2 on CIFAR-10, on a host with GPUs
+
+Every scaling sees the same batches and initial weights of blocks, and gets the same learning rates to choose from; the
+best is chosen by the loss on validation images and reported on test images. The loss is the squared error of predicted
+noise, at fixed noise and times, of the averaged weights. Steadiness is measured on the last weights: the output of the
+middle block has a root mean square that is recorded every few steps, and reported is the standard deviation of its
+logarithm's change from one record to the next, over the second half of training, in percent.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import rich
+import scipy.linalg
+import sklearn.decomposition
+import tyro
+
+from jaxlab import train
+from jaxlab.data import digits, images, mnist5k
+from jaxlab.models import scalelong
+from jaxlab.nn import diffusion
+from jaxlab.nn.diffusion import VariancePreserving
+from jaxlab.train import diffusion as training
+from jaxlab.train import figures
+
+PROCESS = VariancePreserving()
+RECORD = 5  # steps between two records of the middle feature
+FEATURES = 64  # principal components in which samples are compared with images
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What to run."""
+
+  preset: Literal["demo", "mnist", "paper"] = "demo"
+  """demo: digits; mnist: one longer run on 28x28 pixels; paper: the published recipe."""
+  dataset: Literal["digits", "mnist5k", "cifar10"] = "digits"
+  """cifar10 is read from TFDS_DATA_DIR: 10,000 images, or all with the preset "paper"."""
+  scalings: tuple[scalelong.Scaling, ...] = ("none", "inv_sqrt2", "constant", "learned")
+  """Kinds to compare."""
+  kappa: float = 0.7
+  """Of "constant"."""
+  width: int = 64
+  """Channels of a token."""
+  depth: int = 12
+  """Blocks besides the middle one."""
+  heads: int = 4
+  """Of attention."""
+  rates: tuple[float, ...] = (5e-4, 2e-3, 8e-3)
+  """Learning rates to choose from, after the warm-up."""
+  steps: int = 400
+  """Updates of a run of the comparison."""
+  warmup: int = 40
+  """Steps in which the rate grows linearly."""
+  batch_size: int = 64
+  """Images a step."""
+  ema_decay: float = 0.98
+  """Of the averaged weights, in the comparison."""
+  seeds: int = 3
+  """Independent runs: weights, noise, order."""
+  sampled: tuple[scalelong.Scaling, ...] = ("none", "constant")
+  """Kinds to train longer, at their best rates, and draw samples from."""
+  sample_training: int = 3000
+  """Updates of those runs; the rate falls to zero along a cosine."""
+  sample_decay: float = 0.995
+  """Of the averaged weights, in those runs."""
+  samples: int = 500
+  """To draw of each."""
+  sample_steps: int = 250
+  """Of the Euler-Maruyama sampler; DPM-Solver takes a tenth."""
+  dtype: Literal["float32", "bfloat16"] = "float32"
+  """Of the computation."""
+  workdir: pathlib.Path = pathlib.Path("runs/scalelong")
+  """Each run has its folder in here and resumes from it."""
+
+
+PRESETS = {
+  "demo": Config(),
+  "mnist": Config(
+    "mnist", "mnist5k", ("constant",), width=128, depth=6, rates=(1e-3,), steps=20, seeds=1, warmup=5,
+    sampled=("constant",), sample_training=2500, samples=200,
+  ),
+  "paper": Config(
+    "paper", "cifar10", ("none", "learned"), width=512, heads=8, rates=(2e-4,), steps=500_000, warmup=2500,
+    batch_size=128, ema_decay=0.9999, seeds=1, sampled=(), samples=50_000, sample_steps=1000, dtype="bfloat16",
+  ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """Images in [-1, 1] and what a network for them looks like."""
+
+  train: np.ndarray
+  val: np.ndarray
+  test: np.ndarray
+  patch: int
+  flip: bool
+
+
+def load(config: Config) -> Task:
+  """The data."""
+  if config.dataset == "cifar10":
+    whole = config.preset == "paper"
+    parts = [
+      images.as_arrays("cifar10", part)["image"] / np.float32(127.5) - 1
+      for part in ("train[:49000]" if whole else "train[:10000]", "train[49000:]", "test[:1000]")
+    ]
+    return Task(*parts, patch=2 if whole else 4, flip=True)
+  splits = digits.images() if config.dataset == "digits" else mnist5k.images()
+  parts = [2 * part["image"] - 1 for part in splits]
+  return Task(*parts, patch=2 if config.dataset == "digits" else 4, flip=False)
+
+
+def network(config: Config, task: Task, scaling: scalelong.Scaling) -> scalelong.UViT:
+  """A U-ViT."""
+  _, side, _, channels = task.train.shape
+  return scalelong.UViT(
+    side, task.patch, channels, config.width, config.depth, config.heads,
+    scaling=scaling, kappa=config.kappa, dtype=config.dtype,
+  )  # fmt: skip
+
+
+def learner(config: Config, model: scalelong.UViT, steps: int | None = None) -> train.Learner:
+  """AdamW as published. The rate is part of the state, set from the batch that initialises it, so that runs with
+  different rates share a program. Evaluation also measures the middle block's output under the last weights.
+
+  Args:
+    config: the settings.
+    model: the network.
+    steps: of a run whose rate falls to zero; None for a constant rate.
+  """
+  warm = optax.linear_schedule(0, 1, config.warmup)
+  after = optax.constant_schedule(1.0) if steps is None else optax.cosine_decay_schedule(1.0, steps - config.warmup)
+  tx = optax.chain(
+    optax.adamw(optax.join_schedules([warm, after], [config.warmup]), 0.99, 0.999, weight_decay=0.03),
+    optax.inject_hyperparams(optax.scale)(step_size=1.0),
+  )
+  decay = config.ema_decay if steps is None else config.sample_decay
+  base = training.learner(model, PROCESS, tx, time_scale=scalelong.TIME_SCALE, ema_decay=decay)
+
+  def init(key: Any, batch: Any) -> train.TrainState:
+    state = base.init(key, batch)
+    opt_state = optax.tree_utils.tree_set(state.opt_state, step_size=batch["rate"][0])
+    return state.replace(opt_state=opt_state)
+
+  def evaluate(state: train.TrainState, batch: Any) -> train.Metrics:
+    x0 = batch["image"]
+    t = (jnp.arange(len(x0)) + 0.5) / len(x0)
+    noisy = PROCESS.noised(x0, jax.random.normal(jax.random.key(0), x0.shape), t)
+    _, kept = model.apply(
+      training.variables(state, averaged=False),
+      noisy,
+      scalelong.TIME_SCALE * t,
+      capture_intermediates=lambda module, _: module.name == "mid_block",
+    )
+    middle = kept["intermediates"]["mid_block"]["__call__"][0].astype(jnp.float32)
+    return {**base.evaluate(state, batch), "middle": jnp.sqrt(jnp.mean(middle**2))}
+
+  return train.Learner(jax.jit(init), jax.jit(base.step, donate_argnums=0), jax.jit(evaluate))
+
+
+def batches(config: Config, task: Task, rate: float, seed: int) -> Callable[[int], dict[str, np.ndarray]]:
+  """The images of each step; the same for every scaling and rate."""
+
+  def batch(step: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng((seed, step))
+    image = task.train[rng.choice(len(task.train), config.batch_size, replace=False)]
+    if task.flip:
+      flipped = rng.random(len(image)) < 0.5
+      image = np.where(flipped[:, None, None, None], image[:, :, ::-1], image)
+    return {"image": image, "rate": np.full(config.batch_size, rate, np.float32)}
+
+  return batch
+
+
+@dataclasses.dataclass
+class Run:
+  """What one run left: losses of the averaged weights, the middle feature at some steps, the last state."""
+
+  val: float
+  test: float
+  steps: np.ndarray
+  middle: np.ndarray
+  state: Any
+
+  @property
+  def unsteadiness(self) -> float:
+    """Standard deviation of the change of log(middle) between records, second half, in percent."""
+    half = self.steps > self.steps[-1] / 2
+    return float(100 * np.std(np.diff(np.log(self.middle[half]))))
+
+
+def run(
+  config: Config, task: Task, made: train.Learner, name: str, rate: float, seed: int, steps: int
+) -> Run:  # fmt: skip
+  """Trains; a run that leaves the finite numbers has infinite losses."""
+  folder = config.workdir / config.preset / config.dataset / name / f"rate{rate:g}" / f"seed{seed}"
+  kept = train.result.settings(dataclasses.asdict(config) | {"run": name, "rate": rate, "seed": seed, "steps": steps})
+  for key in ("workdir", "seeds", "scalings", "rates", "sampled", "samples", "sample_steps", "sample_training"):
+    kept.pop(key)
+  probe = {"image": task.val[: config.batch_size]}
+  try:
+    state = train.fit(
+      made,
+      batches(config, task, rate, seed),
+      steps=steps,
+      workdir=folder,
+      key=jax.random.key(seed),
+      evaluate_on=probe,
+      evaluate_every=max(RECORD, steps // 100),
+      save_every=max(steps // 3, 1),
+      keep=1,
+      config=kept,
+      mesh=train.mesh() if jax.device_count() > 1 else None,
+      tensorboard=False,
+    )
+  except FloatingPointError as error:
+    rich.print(f"{name}, rate {rate:g}, seed {seed}: {error}")
+    return Run(np.inf, np.inf, np.array([0.0, 1.0, 2.0]), np.array([np.nan] * 3), None)
+  history = train.read_metrics(folder)["eval_middle"]
+
+  def loss(part: np.ndarray) -> float:
+    size = config.batch_size  # as the probe, so that one program serves both
+    chunks = [part[i : i + size] for i in range(0, min(len(part) - size, 4 * size) + 1, size)]
+    return float(np.mean([made.evaluate(state, {"image": chunk})["loss"] for chunk in chunks]))
+
+  val, test = loss(task.val), loss(task.test)
+  return Run(val, test, np.asarray(history[0]), np.asarray(history[1]), state)
+
+
+def draw_samples(
+  config: Config, apply: Callable[..., Any], variables: Any, shape: Sequence[int]
+) -> dict[str, np.ndarray]:
+  """Images by each sampler, from the same noise.
+
+  Args:
+    config: how many, in how many steps.
+    apply: of the network.
+    variables: its weights.
+    shape: of an image.
+  """
+  tenth = max(config.sample_steps // 10, 2)
+  samplers: dict[str, tuple[np.ndarray, Callable[..., Any]]] = {
+    f"Euler-Maruyama, {config.sample_steps} steps": (
+      diffusion.times(PROCESS, config.sample_steps),
+      diffusion.euler_maruyama,
+    ),
+    f"DDIM, {tenth} steps": (diffusion.times(PROCESS, tenth), lambda *a: diffusion.ddim(*a[:-1])),
+    f"DPM-Solver++, {tenth} steps": (
+      diffusion.times(PROCESS, tenth, spacing="log_snr"),
+      lambda *a: diffusion.dpm_solver(*a[:-1]),
+    ),
+  }
+  size = min(100, config.samples)
+
+  @functools.partial(jax.jit, static_argnames="name")
+  def draw(variables: Any, key: Any, name: str) -> Any:
+    noise_key, key = jax.random.split(key)
+    grid, sampler = samplers[name]
+    denoise = diffusion.denoiser(lambda x, t: apply(variables, x, t), PROCESS, time_scale=scalelong.TIME_SCALE)
+    return sampler(denoise, PROCESS, jax.random.normal(noise_key, (size, *shape)), grid, key)
+
+  made = {}
+  for name in samplers:
+    keys = jax.random.split(jax.random.key(7), -(-config.samples // size))
+    drawn = np.concatenate([np.asarray(draw(variables, key, name)) for key in keys])
+    made[name] = np.clip(drawn[: config.samples], -1, 1)
+  return made
+
+
+def frechet(a: np.ndarray, b: np.ndarray, reference: np.ndarray) -> float:
+  """Fréchet distance of two sets of images, in the first principal components of the reference."""
+  flat = lambda x: x.reshape(len(x), -1)
+  pca = sklearn.decomposition.PCA(min(FEATURES, flat(reference).shape[1]), random_state=0).fit(flat(reference))
+  a, b = pca.transform(flat(a)), pca.transform(flat(b))
+  covariances = [np.cov(x.T) for x in (a, b)]
+  root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
+  return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(covariances[0] + covariances[1] - 2 * root))
+
+
+def norm_law(config: Config, draws: int = 100) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  """Kind -> (measured, predicted) |f_i|^2 / |x|^2 of every level of random toy networks as deep as the U-ViT."""
+  depth, width = config.depth // 2, 128
+
+  @jax.jit
+  def measure(scales: Any) -> Any:
+    def one(key: Any) -> Any:
+      weights, data = jax.random.split(key)
+      x = jax.random.normal(data, (width,))
+      levels = scalelong.toy_unet(scalelong.init_toy_unet(weights, depth, width), x, scales)
+      return jnp.sum(levels**2, -1) / jnp.sum(x**2)
+
+    return jax.lax.map(one, jax.random.split(jax.random.key(0), draws)).mean(0)
+
+  law = {}
+  for kind in config.scalings:
+    if not kind.startswith("learned"):
+      scales = np.array(scalelong.multipliers(kind, depth, config.kappa), np.float32)
+      law[kind] = np.asarray(measure(scales)), np.asarray(scalelong.skip_norm_prediction(scales))
+  return law
+
+
+def draw_comparison(
+  config: Config,
+  runs: Mapping[tuple[str, float], list[Run]],
+  law: Mapping[str, tuple[np.ndarray, np.ndarray]],
+  path: pathlib.Path,
+) -> pathlib.Path:
+  """Loss over rates; the middle feature at the highest rate; the law."""
+  figure, axes = figures.subplots(1, 3, width=4)
+  for i, kind in enumerate(config.scalings):
+    losses = np.array([[one.val for one in runs[kind, rate]] for rate in config.rates])
+    shift = 1 + 0.04 * (i - len(config.scalings) / 2)
+    axes[0, 0].errorbar(
+      np.array(config.rates) * shift, losses.mean(1), losses.std(1), marker="o", label=kind, color=figures.COLORS[i]
+    )
+    for j, one in enumerate(runs[kind, config.rates[-1]]):
+      label = kind if j == 0 else None
+      axes[0, 1].plot(one.steps, one.middle, color=figures.COLORS[i], label=label, linewidth=0.8)
+    if kind in law:
+      measured, predicted = law[kind]
+      axes[0, 2].plot(predicted, color=figures.COLORS[i], label=f"{kind}: law")
+      axes[0, 2].plot(measured, "o", color=figures.COLORS[i])
+  axes[0, 0].set(xscale="log", xlabel="learning rate", ylabel="loss, validation images", title="Loss")
+  axes[0, 1].set(
+    xlabel="step", yscale="log", ylabel="root mean square", title=f"Middle feature, rate {config.rates[-1]:g}"
+  )
+  axes[0, 2].set(xlabel="level (0 is the output)", ylabel="|f|² / |x|²", title="Random networks: law and mean")
+  for ax in axes[0]:
+    ax.legend(fontsize=7)
+  return figures.save(figure, path)
+
+
+def draw_grid(rows: Mapping[str, np.ndarray], path: pathlib.Path, per_row: int = 16) -> pathlib.Path:
+  """Two lines of images a row."""
+  figure, axes = figures.subplots(len(rows), 1, width=8, height=1.25)
+  for ax, (name, pictures) in zip(axes[:, 0], rows.items(), strict=True):
+    pictures = np.pad((pictures[: 2 * per_row] + 1) / 2, ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=1)
+    lines = [np.concatenate(list(pictures[i * per_row : (i + 1) * per_row]), 1) for i in range(2)]
+    whole = np.concatenate([line for line in lines if line.shape == lines[0].shape])
+    ax.imshow(whole if whole.shape[-1] == 3 else whole[..., 0], cmap="gray", vmin=0, vmax=1)
+    ax.set_title(name, fontsize=8)
+    ax.set_axis_off()
+  return figures.save(figure, path)
+
+
+def check(config: Config) -> None:
+  """Raises a ValueError on settings that contradict each other."""
+  if config.seeds < 1:
+    raise ValueError(f"seeds: got {config.seeds}, expected at least 1")
+  if not config.scalings or not set(config.sampled) <= set(config.scalings):
+    raise ValueError(f"sampled: got {config.sampled}, expected some of scalings, {config.scalings}")
+  if not config.rates or list(config.rates) != sorted(config.rates) or config.rates[0] <= 0:
+    raise ValueError(f"rates: got {config.rates}, expected rising numbers above 0")
+  if config.warmup < 1 or config.steps <= config.warmup or config.steps < 4 * RECORD:
+    raise ValueError(f"steps: got {config.steps}, expected more than warmup, {config.warmup}, and {4 * RECORD - 1}")
+
+
+def main(config: Config) -> None:
+  """Trains, samples and reports."""
+  began = time.monotonic()
+  check(config)
+  folder = config.workdir / config.preset / config.dataset
+  if finished := train.result.finished_result(folder, config):
+    train.result.print_metrics(finished)
+    return
+  task = load(config)
+  runs: dict[tuple[str, float], list[Run]] = {}
+  for kind in config.scalings:
+    made = learner(config, network(config, task, kind))
+    for rate in config.rates:
+      runs[kind, rate] = [
+        run(config, task, made, kind, rate, seed, config.steps) for seed in range(config.seeds)
+      ]  # fmt: skip
+      loss, unsteady = (np.mean([getattr(one, x) for one in runs[kind, rate]]) for x in ("val", "unsteadiness"))
+      rich.print(f"{kind}, rate {rate:g}: validation loss {loss:.4f}, unsteadiness {unsteady:.2f} %")
+  best = {
+    kind: min(config.rates, key=lambda rate, kind=kind: np.mean([one.val for one in runs[kind, rate]]))
+    for kind in config.scalings
+  }
+  metrics: dict[str, Any] = {}
+  highest = config.rates[-1]
+  for kind in config.scalings:
+    metrics[f"{kind}: test loss at its best rate"] = [one.test for one in runs[kind, best[kind]]]
+    metrics[f"{kind}: best rate"] = best[kind]
+    metrics[f"{kind}: test loss at rate {highest:g}"] = [one.test for one in runs[kind, highest]]
+    for rate in config.rates:
+      metrics[f"{kind}: unsteadiness at rate {rate:g} (%)"] = [one.unsteadiness for one in runs[kind, rate]]
+
+  law = norm_law(config)
+  for kind, (measured, predicted) in law.items():
+    metrics[f"{kind}: measured over predicted |f|^2 of the toy network"] = float(measured[0] / predicted[0])
+
+  count = min(config.samples, len(task.test))
+  rows = {"images": task.test}
+  distances = {"images that it was trained on": frechet(task.train[:count], task.test[:count], task.train)}
+  for kind in config.sampled:
+    model = network(config, task, kind)
+    long = run(
+      config, task, learner(config, model, config.sample_training), f"{kind}-long", best[kind], 0,
+      config.sample_training,
+    )  # fmt: skip
+    metrics[f"{kind}: test loss after {config.sample_training} steps"] = long.test
+    for sampler, pictures in draw_samples(
+      config, model.apply, training.variables(long.state), task.train.shape[1:]
+    ).items():
+      rows[f"{kind}: {sampler}"] = pictures
+      distances[f"{kind}, {sampler}"] = frechet(pictures[:count], task.test[:count], task.train)
+  metrics |= {f"Fréchet distance in {FEATURES} components, {name}": value for name, value in distances.items()}
+
+  means = {kind: np.mean([one.test for one in runs[kind, best[kind]]]) for kind in config.scalings}
+  steadiness = {kind: np.mean([one.unsteadiness for one in runs[kind, highest]]) for kind in config.scalings}
+  words = [f"{kind} {means[kind]:.4f} and {steadiness[kind]:.2f} %" for kind in config.scalings]
+  train.write_result(
+    folder,
+    system="scalelong",
+    claim="Test loss at each scaling's best rate, and how much the middle feature changes between records at rate "
+    f"{highest:g}: " + ", ".join(words) + ".",
+    dataset={"digits": "digits of 8x8 pixels", "mnist5k": "MNIST (5k subset)"}.get(
+      config.dataset, f"CIFAR-10, {len(task.train)} images"
+    ),
+    config=config,
+    metrics=metrics,
+    published={},
+    seed=list(range(config.seeds)),
+    wall_time=time.monotonic() - began,
+  )
+  train.result.print_metrics(train.result.finished_result(folder, config) or {})
+  rich.print(draw_comparison(config, runs, law, folder / "comparison.png"))
+  rich.print(draw_grid(rows, folder / "samples.png"))
+
+
+def parse(args: Any = None) -> Config:
+  """The command line; `--preset` decides what the other options default to."""
+  words = list(sys.argv[1:] if args is None else args)
+  preset = words[words.index("--preset") + 1] if "--preset" in words[:-1] else "demo"
+  return tyro.cli(Config, args=words, default=PRESETS.get(preset, PRESETS["demo"]), description=__doc__)
+
+
+if __name__ == "__main__":
+  main(parse())
