@@ -9,7 +9,7 @@ import functools
 
 from benchmarks.harness import Case
 
-PRIME, EXAMPLES = 113, 384
+PRIME, EXAMPLES = 113, 128
 SIZES, IMAGES = (784, 100, 100, 10), 512
 
 

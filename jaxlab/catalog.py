@@ -99,7 +99,7 @@ SYSTEMS: tuple[System, ...] = (
   System("disrupted_p2p", "decentral", "Disrupted P2P", "Exploring the Impact of Disrupted Peer-to-Peer Communications on Fully Decentralized Learning in Disaster Scenarios", "2310.02986", "done"),
   System("fedzip", "decentral", "FedZip", "FEDZIP: A Compression Framework for Communication-Efficient Federated Learning", "2102.01593", "done"),
   System("local_lipschitz", "analysis", "Lip-CROWN", "Efficiently Computing Local Lipschitz Constants of Neural Networks via Bound Propagation", "2210.07394", "done"),
-  System("local_interaction_basis", "analysis", "LIB", "The Local Interaction Basis: Identifying Computationally-Relevant and Sparsely Interacting Features in Neural Networks", "2405.10928"),
+  System("local_interaction_basis", "analysis", "LIB", "The Local Interaction Basis: Identifying Computationally-Relevant and Sparsely Interacting Features in Neural Networks", "2405.10928", "done"),
   System("scaling_laws", "analysis", "Scaling laws", "Explaining Neural Scaling Laws", "2102.06701"),
   System("locality_separation", "analysis", "DSD", "Role of Locality and Weight Sharing in Image-Based Tasks: A Sample Complexity Separation between CNNs, LCNs, and FCNs", "2403.15707"),
 )

@@ -50,25 +50,28 @@ def keep_edges(
   if mask.shape != expected:
     raise ValueError(f"mask: got shape {mask.shape}, expected {expected}, [to, from]")
   sources, group = np.unique(mask, axis=0, return_inverse=True)
-  targets = group.reshape(-1) == np.arange(len(sources))[:, None]
-  # Up to a power of two, for few shapes; what is added reaches no target.
-  add = ((0, 2 ** (len(sources) - 1).bit_length() - len(sources)), (0, 0))
-  return _by_group(section, x, basis, after, np.pad(sources, add), np.pad(targets, add))
+  targets = group.reshape(-1) == np.arange(len(mask))[:, None]
+  return _by_group(section, x, basis, after, np.resize(sources, mask.shape), targets, len(sources))
 
 
 @jax.jit
-def _by_group(section, x, basis, after, sources, targets):
-  """Targets [G, to] from sources [G, from], group by group."""
+def _by_group(section, x, basis, after, sources, targets, groups):
+  """Targets [G, to] from sources [G, from], the first so many; few examples at a time, so that they stay in cache."""
   into, back, then, home = (jnp.asarray(a, x.dtype) for a in (basis.into, basis.back, after.into, after.back))
-  features = x @ into
+  size = min(128, len(x))
 
-  def add(total, group):
-    of, to = group
-    found = section((features * of) @ back) @ then
-    return total + jnp.where(to, found, 0), None
+  def part(x):
+    features = x @ into
 
-  start = jnp.zeros(jax.eval_shape(lambda a: section(a) @ then, x).shape, x.dtype)
-  return jax.lax.scan(add, start, (sources, targets))[0] @ home
+    def fill(group, total):
+      return jnp.where(targets[group], section((features * sources[group]) @ back) @ then, total)
+
+    start = jnp.zeros(jax.eval_shape(lambda a: section(a) @ then, x).shape, x.dtype)
+    return jax.lax.fori_loop(0, groups, fill, start) @ home
+
+  padded = jnp.concatenate([x, jnp.broadcast_to(x[:1], (-len(x) % size, *x.shape[1:]))])
+  found = jax.lax.map(part, padded.reshape(-1, size, *x.shape[1:]))
+  return found.reshape(-1, *found.shape[2:])[: len(x)]
 
 
 def strongest(edges: Float[np.ndarray, "to from"], count: int, *, constant: bool = True) -> Bool[np.ndarray, "to from"]:
@@ -215,4 +218,4 @@ def _prepared(network, graph, layer, x):
     raise ValueError(f"graph: got {len(graph.bases)} node layers, expected {len(network) + 1}")
   x = jnp.asarray(x)
   network = jax.tree.map(lambda a: jnp.asarray(a, x.dtype), tuple(network))
-  return network, graph.bases[layer], activations(network[:layer], x)[-1]
+  return network, graph.bases[layer], activations(network, x)[layer]
