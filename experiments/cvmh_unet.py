@@ -1,12 +1,13 @@
-"""CVMH-UNet on street scenes: what cross scans and frequency fusion are worth beside VM-UNet and a plain U-Net.
+"""CVMH-UNet on pictures: what cross scans and frequency fusion are worth beside VM-UNet and a plain U-Net.
 
     python experiments/cvmh_unet.py                  # three networks of 0.7M parameters on CamVid, minutes
     python experiments/cvmh_unet.py --ablation       # and CVMH-UNet without each of its parts
+    python experiments/cvmh_unet.py --dataset aerial # the same on drawn aerial tiles; aerial-diagonal: roads run so
     python experiments/cvmh_unet.py --preset paper   # the full network, on a host with GPUs
 
 CamVid is read from JAXLAB_DATA/camvid. All networks see the same crops in the same order, for as many steps, with the
 same rates and loss (cross entropy and Dice), and have about as many parameters. Reported is, on the whole test images
-and over the pixels that have a class, the mean intersection over union (mIoU) of the 11 classes, the mean of their F1
+and over the pixels that have a class, the mean intersection over union (mIoU) of the classes, the mean of their F1
 scores, and the share of pixels that are right.
 """
 
@@ -14,7 +15,7 @@ import dataclasses
 import pathlib
 import sys
 import time
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -26,7 +27,7 @@ import rich.table
 import tyro
 
 from jaxlab import train
-from jaxlab.data import camvid
+from jaxlab.data import aerial, camvid
 from jaxlab.models import cvmh_unet
 from jaxlab.nn.module import precision
 from jaxlab.nn.scan_2d import SS2D
@@ -71,13 +72,22 @@ class UNet(nn.Module):
         x = nn.relu(nn.BatchNorm(not train, momentum=0.9, **precision(self))(x))
       return x
 
+    # Written out as reshapes, since the gradients of pooling and of transposed convolutions are slow on CPU.
+    def halve(x: jax.Array) -> jax.Array:
+      b, h, w, c = x.shape
+      return x.reshape(b, h // 2, 2, w // 2, 2, c).max((2, 4))
+
+    def double(x: jax.Array, width: int) -> jax.Array:
+      b, h, w, _ = x.shape
+      x = nn.Dense(4 * width, **precision(self))(x).reshape(b, h, w, 2, 2, width)
+      return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, 2 * h, 2 * w, width)
+
     maps = []
     for channels in self.widths:
-      x = convolve(nn.max_pool(x, (2, 2), (2, 2)) if maps else x, channels)
+      x = convolve(halve(x) if maps else x, channels)
       maps.append(x)
     for channels, skip in zip(self.widths[-2::-1], maps[-2::-1], strict=True):
-      x = nn.ConvTranspose(channels, (2, 2), (2, 2), **precision(self))(x)
-      x = convolve(jnp.concatenate([skip, x], -1), channels)
+      x = convolve(jnp.concatenate([skip, double(x, channels)], -1), channels)
     return nn.Dense(self.num_classes, **precision(self))(x)[:, :height, :width]
 
 
@@ -85,6 +95,8 @@ class UNet(nn.Module):
 class Config:
   """What to run."""
 
+  dataset: Literal["camvid", "aerial", "aerial-diagonal"] = "camvid"
+  """camvid: street scenes; aerial: drawn tiles, square ones of the crop's height by default, 1000 to train on."""
   preset: Literal["demo", "paper"] = "demo"
   """demo: 0.7M parameters on crops; paper: the full network, 100 epochs of 512 pixels, batches of 8."""
   height: int = 180
@@ -93,7 +105,7 @@ class Config:
   """Of the images; CamVid's own is 480."""
   crop: tuple[int, int] = (128, 160)
   """Height and width of what is trained on, multiples of 32."""
-  steps: int = 500
+  steps: int = 200
   """Updates."""
   batch_size: int = 8
   """Crops a step."""
@@ -113,12 +125,41 @@ class Config:
   """Each run has its folder in here and resumes from it."""
 
 
-PAPER = Config("paper", 360, 480, (352, 480), 4600, 8, 1e-3, 0.01, 0.2, "bfloat16")
+PAPER = Config("camvid", "paper", 360, 480, (352, 480), 4600, 8, 1e-3, 0.01, 0.2, "bfloat16")
 
 
-def network(config: Config, name: str) -> nn.Module:
+class Task(NamedTuple):
+  """Pictures to train and test on, of shape [N, H, W, 3] and [N, H, W]; void is the label of pixels without class."""
+
+  classes: tuple[str, ...]
+  palette: np.ndarray
+  void: int
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+  train: Any
+  test: Any
+  text: str
+
+
+def load(config: Config) -> Task:
+  """The data."""
+  size = config.height, config.width
+  if config.dataset == "camvid":
+    parts = [camvid.load(split, size) for split in ("train", "test")]
+    look = camvid.CLASSES, camvid.PALETTE, camvid.VOID, camvid.MEAN, camvid.STD
+    text = "CamVid"
+  else:
+    roads: Any = "diagonal" if config.dataset == "aerial-diagonal" else "any"
+    parts = [aerial.tiles(count, *size, roads=roads, seed=seed) for count, seed in ((1000, 0), (250, 1))]
+    look = aerial.CLASSES, aerial.PALETTE, len(aerial.CLASSES), aerial.MEAN, aerial.STD
+    text = "drawn aerial tiles" + (", diagonal roads" if roads == "diagonal" else "")
+  counts = ", ".join(f"{len(part.image)} to {verb} on" for part, verb in zip(parts, ("train", "test"), strict=True))
+  return Task(*look, *parts, f"{text} at {config.height} x {config.width}, {counts}, {len(look[0])} classes")
+
+
+def network(config: Config, name: str, classes: int = len(camvid.CLASSES)) -> nn.Module:
   """A model by its name in `COMPARED` or `ABLATIONS`; those compared have equally many parameters, within 3 %."""
-  classes, small = len(camvid.CLASSES), config.preset == "demo"
+  small = config.preset == "demo"
   shape: dict[str, Any] = {"dtype": config.dtype, "drop_path": config.drop_path}
   if small:
     shape |= {"encoder_depths": (1, 1, 2, 1), "decoder_depths": (1, 1, 1, 1)}
@@ -130,7 +171,7 @@ def network(config: Config, name: str) -> nn.Module:
   return cvmh_unet.CVMHUNet(classes, **shape, **ABLATIONS.get(name, {}))
 
 
-def learner(config: Config, model: nn.Module) -> train.Learner:
+def learner(config: Config, model: nn.Module, void: int = camvid.VOID) -> train.Learner:
   """AdamW with a warm-up and cosine decay, cross entropy and Dice over the pixels that have a class."""
   rate, warm = config.learning_rate, max(config.steps // 10, 1)
   schedule = optax.warmup_cosine_decay_schedule(0, rate, warm, config.steps, rate / 100)
@@ -140,7 +181,7 @@ def learner(config: Config, model: nn.Module) -> train.Learner:
   )
 
   def loss(logits: jax.Array, batch: train.Batch) -> tuple[jax.Array, train.Metrics]:
-    valid = batch["label"] != camvid.VOID
+    valid = batch["label"] != void
     hit = (logits.argmax(-1) == batch["label"]) & valid
     value = cvmh_unet.cross_entropy_and_dice(logits, batch["label"], valid)
     return value, {"accuracy": hit.sum() / jnp.maximum(valid.sum(), 1)}
@@ -148,29 +189,30 @@ def learner(config: Config, model: nn.Module) -> train.Learner:
   return train.supervised(model, loss, tx)
 
 
-def normalise(image: np.ndarray) -> np.ndarray:
+def normalise(image: np.ndarray, task: Task) -> np.ndarray:
   """Bytes as floats of mean 0 and deviation 1."""
-  return ((image / np.float32(255) - np.float32(camvid.MEAN)) / np.float32(camvid.STD)).astype(np.float32)
+  return ((image / np.float32(255) - np.float32(task.mean)) / np.float32(task.std)).astype(np.float32)
 
 
-def confusion(predicted: np.ndarray, label: np.ndarray) -> np.ndarray:
-  """Pixels of each class [K, K], rows the truth, columns the prediction; void is left out."""
-  classes, valid = len(camvid.CLASSES), label != camvid.VOID
+def confusion(predicted: np.ndarray, label: np.ndarray, classes: int) -> np.ndarray:
+  """Pixels of each class [K, K], rows the truth, columns the prediction; labels that are no class are left out."""
+  valid = label < classes
   pairs = label[valid].astype(int) * classes + predicted[valid]
   return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
-def scores(pairs: np.ndarray) -> dict[str, float]:
+def scores(pairs: np.ndarray, classes: tuple[str, ...]) -> dict[str, float]:
   """Percentages from a confusion matrix."""
   both, either = np.diag(pairs), pairs.sum(0) + pairs.sum(1)
   iou, f1 = 100 * both / np.maximum(either - both, 1), 200 * both / np.maximum(either, 1)
   total = {"mIoU": iou.mean(), "mean F1": f1.mean(), "accuracy": 100 * both.sum() / max(pairs.sum(), 1)}
-  return {k: float(v) for k, v in (total | dict(zip(camvid.CLASSES, iou, strict=True))).items()}
+  return {k: float(v) for k, v in (total | dict(zip(classes, iou, strict=True))).items()}
 
 
-def run(config: Config, name: str, seed: int, data: camvid.Scenes, test: camvid.Scenes) -> tuple[dict, np.ndarray]:
+def run(config: Config, name: str, seed: int, task: Task) -> tuple[dict[str, float], np.ndarray]:
   """Scores and prediction of the test images."""
-  model, (height, width) = network(config, name), config.crop
+  model, (height, width) = network(config, name, len(task.classes)), config.crop
+  data, test = task.train, task.test
 
   def batch(step: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng((seed, step))
@@ -183,13 +225,13 @@ def run(config: Config, name: str, seed: int, data: camvid.Scenes, test: camvid.
       flip = slice(None, None, rng.choice((-1, 1)))
       images.append(data.image[where][:, flip])
       labels.append(data.label[where][:, flip])
-    return {"image": normalise(np.stack(images)), "label": np.stack(labels).astype(np.int32)}
+    return {"image": normalise(np.stack(images), task), "label": np.stack(labels).astype(np.int32)}
 
   kept = train.result.settings(dataclasses.asdict(config) | {"network": name, "seed": seed})
   for key in ("workdir", "seeds", "ablation"):
     kept.pop(key)
   state = train.fit(
-    learner(config, model),
+    learner(config, model, task.void),
     batch,
     steps=config.steps,
     workdir=folder(config) / name.replace(" ", "_") / f"seed{seed}",
@@ -204,24 +246,24 @@ def run(config: Config, name: str, seed: int, data: camvid.Scenes, test: camvid.
   for i in range(0, len(test.image), size):
     images = test.image[i : i + size]
     filled = np.pad(images, ((0, size - len(images)), (0, 0), (0, 0), (0, 0)))  # one shape, one program
-    predicted.append(np.asarray(call(variables, normalise(filled)))[: len(images)])
+    predicted.append(np.asarray(call(variables, normalise(filled, task)))[: len(images)])
   predicted = np.concatenate(predicted)
   count = sum(p.size for p in jax.tree.leaves(variables["params"]))
-  return {**scores(confusion(predicted, test.label)), "parameters": count}, predicted
+  return {**scores(confusion(predicted, test.label, len(task.classes)), task.classes), "parameters": count}, predicted
 
 
 def folder(config: Config) -> pathlib.Path:
   """Of the runs of these settings."""
-  return config.workdir / f"{config.preset}-{config.height}x{config.width}-{config.steps}"
+  return config.workdir / f"{config.dataset}-{config.preset}-{config.height}x{config.width}-{config.steps}"
 
 
 def draw(
-  config: Config, measured: dict[str, list[dict[str, float]]], shown: dict[str, np.ndarray], test: camvid.Scenes
+  config: Config, measured: dict[str, list[dict[str, float]]], shown: dict[str, np.ndarray], task: Task
 ) -> pathlib.Path:
   """IoU of each class, and what the first seed's networks see in four test images."""
   figure, axes = figures.subplots(2, 1, width=9, height=4)
   names = [name for name in measured if name in COMPARED]
-  groups, width = ["mIoU", *camvid.CLASSES], 0.8 / len(names)
+  test, groups, width = task.test, ["mIoU", *task.classes], 0.8 / len(names)
   for i, name in enumerate(names):
     values = np.array([[one[group] for group in groups] for one in measured[name]])
     spread = values.std(0, ddof=1) if len(values) > 1 else None
@@ -230,7 +272,7 @@ def draw(
   axes[0, 0].set_xticklabels(groups, rotation=30)
   axes[0, 0].legend(fontsize=8)
   rows = np.linspace(0, len(test.image) - 1, 4).astype(int)
-  columns = [test.image[rows], camvid.PALETTE[test.label[rows]], *(camvid.PALETTE[shown[name][rows]] for name in names)]
+  columns = [test.image[rows], task.palette[test.label[rows]], *(task.palette[shown[name][rows]] for name in names)]
   axes[1, 0].imshow(np.concatenate([np.concatenate(list(column), 1) for column in columns]))
   axes[1, 0].set_title("from above: image, truth, " + ", ".join(names), fontsize=8)
   axes[1, 0].set_axis_off()
@@ -245,17 +287,17 @@ def main(config: Config) -> None:
     raise ValueError(f"seeds, steps: got {config.seeds}, {config.steps}, expected at least 1 and 10")
   if config.crop[0] > config.height or config.crop[1] > config.width or min(config.crop) < 1:
     raise ValueError(f"crop: got {config.crop}, expected at most the images' size, {config.height} x {config.width}")
-  data, test = (camvid.load(split, (config.height, config.width)) for split in ("train", "test"))
+  task = load(config)
   names = [*COMPARED, *(ABLATIONS if config.ablation else ())]
   measured: dict[str, list[dict[str, float]]] = {name: [] for name in names}
   shown: dict[str, np.ndarray] = {}
   for seed in range(config.seeds):
     for name in names:
-      one, predicted = run(config, name, seed, data, test)
+      one, predicted = run(config, name, seed, task)
       measured[name].append(one)
       shown.setdefault(name, predicted)
       rich.print(f"{name}, seed {seed}: " + ", ".join(f"{k} {one[k]:.1f}" for k in ("mIoU", "mean F1", "accuracy")))
-  table = rich.table.Table("network", "parameters", "mIoU", "mean F1", "accuracy", title="CamVid, test images (%)")
+  table = rich.table.Table("network", "parameters", "mIoU", "mean F1", "accuracy", title="test images (%)")
   for name, runs in measured.items():
     means = (f"{np.mean([one[k] for one in runs]):.1f}" for k in ("mIoU", "mean F1", "accuracy"))
     table.add_row(name, f"{runs[0]['parameters']:,}", *means)
@@ -267,20 +309,22 @@ def main(config: Config) -> None:
     folder(config),
     system="cvmh_unet",
     claim="mIoU of CVMH-UNet: " + ", ".join([f"{mean['CVMH-UNet']:.1f} %", *others]) + ".",
-    dataset=f"CamVid at {config.height} x {config.width}, 367 images to train on, 233 to test on, 11 classes",
+    dataset=task.text,
     config=config,
     metrics=metrics,
     published={},
     seed=list(range(config.seeds)),
     wall_time=time.monotonic() - began,
   )
-  rich.print(f"{path}\n{draw(config, measured, shown, test)}")
+  rich.print(f"{path}\n{draw(config, measured, shown, task)}")
 
 
 def parse(args: Any = None) -> Config:
-  """The command line; `--preset paper` decides what the other options default to."""
+  """The command line; `--preset paper` and `--dataset` decide what the other options default to."""
   words = list(sys.argv[1:] if args is None else args)
   default = PAPER if "paper" in words else Config()
+  if any(word.startswith("aerial") for word in words):
+    default = dataclasses.replace(default, height=128, width=128, crop=(128, 128))
   return tyro.cli(Config, args=words, default=default, description=__doc__)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import cvmh_unet as experiment
-from jaxlab.data import camvid
+from jaxlab.data import aerial, camvid
 
 
 def test_compared_networks_are_of_one_size():
@@ -34,10 +34,22 @@ def test_paper_preset():
   assert dataclasses.replace(experiment.parse(["--preset", "paper", "--seeds", "3"]), seeds=1) == config
 
 
+def test_aerial_tiles_are_square(monkeypatch):
+  config = experiment.parse(["--dataset", "aerial-diagonal", "--seeds", "2"])
+  assert (config.height, config.width, config.crop, config.seeds) == (128, 128, (128, 128), 2)
+  asked = []
+  monkeypatch.setattr(
+    aerial, "tiles", lambda *args, **how: asked.append((args, how)) or aerial.Tiles(*np.zeros((2, 3)))
+  )
+  task = experiment.load(config)
+  assert asked == [((n, 128, 128), {"roads": "diagonal", "seed": seed}) for n, seed in ((1000, 0), (250, 1))]
+  assert task.void not in range(len(task.classes)) and "diagonal" in task.text
+
+
 def test_scores_leave_void_out():
   label = np.array([[0, 0, 1, camvid.VOID]])
-  pairs = experiment.confusion(np.array([[0, 1, 1, 1]], np.uint8), label)
-  got = experiment.scores(pairs)
+  pairs = experiment.confusion(np.array([[0, 1, 1, 1]], np.uint8), label, len(camvid.CLASSES))
+  got = experiment.scores(pairs, camvid.CLASSES)
   assert pairs.sum() == 3
   np.testing.assert_allclose([got["sky"], got["building"], got["accuracy"]], [50, 50, 200 / 3])
   np.testing.assert_allclose([got["mIoU"], got["mean F1"]], [100 / 11, 2 * 200 / 3 / 11])
@@ -69,13 +81,13 @@ def test_run(tmp_path, monkeypatch):
 
   monkeypatch.setattr(camvid, "load", load)
   monkeypatch.setattr(experiment, "COMPARED", ("CVMH-UNet", "U-Net"))
-  monkeypatch.setattr(experiment, "network", lambda config, name: Pixelwise())
+  monkeypatch.setattr(experiment, "network", lambda *_: Pixelwise())
   config = experiment.Config(height=18, width=24, crop=(16, 16), steps=10, workdir=tmp_path)
   experiment.main(config)
-  result = json.loads((tmp_path / "demo-18x24-10/result.json").read_text())
+  result = json.loads((tmp_path / "camvid-demo-18x24-10/result.json").read_text())
   assert set(experiment.COMPARED) == {name.split(",")[0] for name in result["metrics"]}
   assert 0 <= result["metrics"]["U-Net, mIoU"]["mean"] <= 100
-  assert (tmp_path / "demo-18x24-10/comparison.png").stat().st_size > 10_000
+  assert (tmp_path / "camvid-demo-18x24-10/comparison.png").stat().st_size > 10_000
   with pytest.raises(ValueError, match="crop: got"):
     experiment.main(dataclasses.replace(config, crop=(32, 16)))
   with pytest.raises(ValueError, match="seeds, steps: got"):
