@@ -72,6 +72,11 @@ def test_orders_and_symmetries_of_the_image():
   np.testing.assert_array_equal(scan_2d.read(x[:, :, ::-1], "diagonals"), scan_2d.read(x, "antidiagonals"))
   square = x[:, :, :4]
   np.testing.assert_array_equal(scan_2d.read(jnp.swapaxes(square, 1, 2), "rows"), scan_2d.read(square, "columns"))
+  turned, sums = scan_2d.read(jnp.swapaxes(square, 1, 2), "diagonals")[0], np.add.outer(range(4), range(4)).ravel()
+  diagonals = np.split(np.asarray(scan_2d.read(square, "diagonals")[0]), np.cumsum(np.bincount(sums))[:-1])
+  np.testing.assert_array_equal(turned, np.concatenate([one[::-1] for one in diagonals]))
+  both = [scan_2d.write(scan_2d.read(x, kind), kind, 4, 5) for kind, _ in CS2D]
+  np.testing.assert_array_equal(sum(both), 4 * x)
 
 
 def test_start_and_sizes():
