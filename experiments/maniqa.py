@@ -1,0 +1,366 @@
+"""MANIQA on graded distortions of photographs: does it rank pictures of things that it has never seen?
+
+    python experiments/maniqa.py                  # a network of 0.15M parameters on crops of 48 pixels, minutes
+    python experiments/maniqa.py --seeds 3        # and two more ways to hold contents out
+    python experiments/maniqa.py --preset paper --backbone vit_base_patch8_224.safetensors     # a host with GPUs
+
+Pictures are those of `jaxlab.data.photographs`: 18 distortions at five levels, whose quality is the level. Contents to
+train on, to choose a learning rate by and to test on are disjoint. All networks start from noise (the paper's backbone
+is pre-trained on ImageNet), see the same crops in the same order for as many steps, and choose from the same rates.
+Beside them: the same backbone without channel attention and Swin stages; a plain convolutional network; natural scene
+statistics as in BRISQUE with a support vector machine; and PSNR and SSIM, which know the undistorted picture.
+Reported are Spearman's (SRCC) and Pearson's (PLCC) correlation over all test pictures, a picture's score being the mean
+of 20 random crops.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import sys
+import time
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import rich
+import scipy.ndimage
+import scipy.special
+import scipy.stats
+import skimage.metrics
+import sklearn.pipeline
+import sklearn.preprocessing
+import sklearn.svm
+import tyro
+from jaxtyping import Array, Float
+
+from jaxlab import checks, interop, train
+from jaxlab.data import photographs
+from jaxlab.models import maniqa
+from jaxlab.nn.conv import StridedConv
+from jaxlab.train import figures
+
+NETWORKS = ("MANIQA", "backbone alone", "convolutions")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What to run."""
+
+  preset: Literal["demo", "paper"] = "demo"
+  """demo: 0.15M parameters; paper: the published network and recipe."""
+  side: int = 192
+  """Shorter side of the pictures, at most 288."""
+  size: int = 48
+  """Of the crops."""
+  steps: int = 800
+  """Updates."""
+  batch_size: int = 24
+  """Crops a step, of as many pictures."""
+  learning_rates: tuple[float, ...] = (1e-3, 3e-3)
+  """Each network is trained with all of them under the first seed and keeps the best on the validation contents."""
+  weight_decay: float = 1e-5
+  """The demo's is decoupled, the paper's is added to the gradient."""
+  flip: float = 0.5
+  """Probability of a mirrored crop."""
+  crops: int = 20
+  """A picture's score is their mean."""
+  backbone: pathlib.Path | None = None
+  """timm's weights of ViT-B/8, for the paper's network."""
+  dtype: Literal["float32", "bfloat16"] = "float32"
+  """Of the computation."""
+  seeds: int = 1
+  """Independent runs: contents held out, weights, order."""
+  workdir: pathlib.Path = pathlib.Path("runs/maniqa")
+  """Each run has its folder in here and resumes from it."""
+
+
+# 300 epochs of KADID-10k; the flip of its code turns pictures upside down.
+PAPER = Config("paper", 288, 224, 303_600, 8, (1e-5,), 1e-5, 0.7)
+
+
+class Convolutions(nn.Module):
+  """Four strided 3x3 convolutions, the mean, and a linear score."""
+
+  dtype: jax.typing.DTypeLike = "float32"
+
+  @nn.compact
+  def __call__(self, images: Float[Array, "b s s 3"], *, train: bool = False) -> Float[Array, " b"]:
+    """Args: images. Returns scores."""
+    x, he = images.astype(self.dtype), nn.initializers.he_normal()
+    for width in (24, 48, 96, 128):
+      x = nn.relu(StridedConv(width, 3, 2, 1, kernel_init=he, dtype=self.dtype)(x))
+    return nn.Dense(1, bias_init=nn.initializers.constant(0.5), dtype=self.dtype)(x.mean((1, 2)))[:, 0]
+
+
+def network(config: Config, name: str) -> nn.Module:
+  """A model of crops."""
+  if name == "convolutions":
+    return Convolutions(config.dtype)
+  options: dict[str, Any] = {"dtype": config.dtype}
+  if config.preset == "demo":
+    options |= {"image_size": config.size, "width": 48, "num_heads": 4, "taps": (0, 1), "mlp_width": 48, "window": 3}
+    options |= {"num_tab": 1, "depths": (2,), "stage_heads": (4,)}
+  if name == "backbone alone":
+    options |= {"num_tab": 0, "depths": (), "stage_heads": ()}
+  return maniqa.base(**options)
+
+
+def schedule(config: Config, peak: float) -> optax.Schedule:
+  """The paper's cosine falls and rises again, 50 steps each; the demo's falls once, after a warm-up."""
+  if config.preset == "paper":
+    return lambda step: 0.5 * peak * (1 + jnp.cos(jnp.pi * step / 50))
+  return optax.warmup_cosine_decay_schedule(0.0, peak, min(100, config.steps // 10), config.steps)
+
+
+def learner(config: Config, model: nn.Module, rate: float) -> train.Learner:
+  """Mean squared error, Adam."""
+
+  def loss(scores: Float[Array, " b"], batch: train.Batch) -> tuple[Float[Array, ""], train.Metrics]:
+    return jnp.mean((scores.astype(jnp.float32) - batch["quality"]) ** 2), {}
+
+  if config.preset == "paper":
+    tx = optax.chain(optax.add_decayed_weights(config.weight_decay), optax.adam(schedule(config, rate)))
+  else:
+    adamw = optax.adamw(schedule(config, rate), weight_decay=config.weight_decay, mask=train.decay_mask)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), adamw)
+  made = train.supervised(model, loss, tx)
+  if config.backbone is None or not isinstance(model, maniqa.MANIQA):
+    return made
+  weights = jax.tree.map(jnp.asarray, maniqa.backbone_from_timm(interop.load(config.backbone)))
+
+  def init(key: Array, batch: train.Batch) -> train.TrainState:
+    state = made.init(key, batch)
+    return state.replace(params={**state.params, "backbone": weights})
+
+  return made._replace(init=init)
+
+
+def normalised(image: np.ndarray) -> Float[np.ndarray, "... 3"]:
+  """Bytes to [-1, 1]."""
+  return (image.astype(np.float32) / 255 - 0.5) / 0.5
+
+
+def correlations(predicted: np.ndarray, quality: np.ndarray) -> tuple[float, float]:
+  """SRCC and PLCC; 0 where all predictions are equal."""
+  if np.ptp(predicted) == 0:
+    return 0.0, 0.0
+  return tuple(
+    float(f(predicted, quality).statistic) for f in (scipy.stats.spearmanr, scipy.stats.pearsonr)
+  )  # fmt: skip
+
+
+def fitted(config: Config, name: str, rate: float, seed: int, data: photographs.Graded, rows: np.ndarray) -> Any:
+  """Trains on some rows of the data; the jitted function from crops to scores."""
+  model = network(config, name)
+
+  def batch(step: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng((seed, step))
+    chosen = rng.choice(rows, config.batch_size)
+    crops = []
+    for image in (data.image[i] for i in chosen):
+      top, left = (rng.integers(0, n - config.size + 1) for n in image.shape[:2])
+      crop = image[top : top + config.size, left : left + config.size]
+      axis = 0 if config.preset == "paper" else 1
+      crops.append(np.flip(crop, axis) if rng.random() < config.flip else crop)
+    return {"image": normalised(np.stack(crops)), "quality": data.quality[chosen].astype(np.float32)}
+
+  kept = train.result.settings(dataclasses.asdict(config) | {"network": name, "rate": rate, "seed": seed})
+  for key in ("workdir", "seeds", "learning_rates", "crops"):
+    kept.pop(key)
+  state = train.fit(
+    learner(config, model, rate),
+    batch,
+    steps=config.steps,
+    workdir=config.workdir / folder(config) / name.replace(" ", "_") / f"rate{rate:g}" / f"seed{seed}",
+    key=jax.random.key(seed),
+    config=kept,
+    mesh=train.mesh() if jax.device_count() > 1 else None,
+    save_every=max(config.steps // 10, 50),
+    tensorboard=False,
+  )
+  return jax.jit(functools.partial(model.apply, jax.device_get(state.variables)))
+
+
+def predict(config: Config, score: Any, images: list[np.ndarray]) -> Float[np.ndarray, " n"]:
+  """Scores of pictures."""
+  keys = jax.random.split(jax.random.key(0), len(images))
+  one = functools.partial(maniqa.ensemble_score, score, size=config.size, count=config.crops)
+  return np.array([float(one(jnp.asarray(normalised(image)), key)) for image, key in zip(images, keys, strict=True)])
+
+
+@functools.cache
+def _shapes() -> tuple[Float[np.ndarray, " s"], Float[np.ndarray, " s"]]:
+  shape = np.arange(0.2, 10, 0.01)
+  gamma = scipy.special.gamma
+  return shape, gamma(2 / shape) ** 2 / (gamma(1 / shape) * gamma(3 / shape))
+
+
+def generalised_gaussian(x: np.ndarray) -> list[float]:
+  """Shape, mean and the two scales of an asymmetric generalised Gaussian, by moments."""
+  left, right = (np.sqrt(np.mean(side**2)) if side.size else 1e-3 for side in (x[x < 0], x[x > 0]))
+  left, right = max(left, 1e-3), max(right, 1e-3)
+  ratio = left / right
+  moment = np.mean(np.abs(x)) ** 2 / max(np.mean(x**2), 1e-12)
+  moment *= (ratio**3 + 1) * (ratio + 1) / (ratio**2 + 1) ** 2
+  shapes, moments = _shapes()
+  shape = shapes[np.argmin(np.abs(moments - moment))]
+  mean = (right - left) * np.exp(scipy.special.gammaln(2 / shape) - scipy.special.gammaln(1 / shape))
+  return [float(shape), float(mean), float(left), float(right)]
+
+
+def statistics(image: np.ndarray) -> Float[np.ndarray, " 36"]:
+  """Mittal et al.'s features: luminance, locally normalised, and products of neighbours, at two scales."""
+  y = image.astype(np.float64) @ np.array([0.299, 0.587, 0.114])
+  features: list[float] = []
+  for _ in range(2):
+    blur = functools.partial(scipy.ndimage.gaussian_filter, sigma=7 / 6, truncate=2.6)
+    mean = blur(y)
+    z = (y - mean) / (np.sqrt(np.maximum(blur(y * y) - mean**2, 0)) + 1)
+    shape, _, left, right = generalised_gaussian(z)
+    features += [shape, (left**2 + right**2) / 2]
+    for down, along in ((0, 1), (1, 0), (1, 1), (1, -1)):
+      features += generalised_gaussian(z * np.roll(z, (down, along), (0, 1)))
+    y = scipy.ndimage.zoom(y, 0.5, order=1)
+  return np.array(features)
+
+
+def hand_made(features: np.ndarray, quality: np.ndarray, rows: dict[str, np.ndarray]) -> np.ndarray:
+  """A support vector machine on `statistics`, its C chosen on the validation contents; scores of the test rows."""
+  best = (-2.0, np.zeros(0))
+  for c in (0.1, 1.0, 10.0, 100.0):
+    machine = sklearn.pipeline.make_pipeline(sklearn.preprocessing.StandardScaler(), sklearn.svm.SVR(C=c))
+    machine.fit(features[rows["train"]], quality[rows["train"]])
+    value = correlations(machine.predict(features[rows["val"]]), quality[rows["val"]])[0]
+    best = max(best, (value, machine.predict(features[rows["test"]])), key=lambda pair: pair[0])
+  return best[1]
+
+
+def full_reference(data: photographs.Graded, rows: np.ndarray) -> dict[str, np.ndarray]:
+  """PSNR in dB, and SSIM."""
+  pairs = [(data.reference[i], data.image[i]) for i in rows]
+  error = np.array([np.mean((a.astype(np.float64) - b) ** 2) for a, b in pairs])
+  ssim = [skimage.metrics.structural_similarity(a, b, channel_axis=-1) for a, b in pairs]
+  return {"PSNR": 10 * np.log10(255**2 / np.maximum(error, 1e-6)), "SSIM": np.array(ssim)}
+
+
+def folder(config: Config) -> str:
+  """Of the runs of these settings."""
+  return f"{config.preset}-{config.size}-{config.steps}"
+
+
+def draw(config: Config, data: photographs.Graded, rows: np.ndarray, scores: dict[str, np.ndarray]) -> pathlib.Path:
+  """Of the first seed: predicted against true, SRCC of each distortion, and pictures with their scores."""
+  figure, axes = figures.subplots(1, 3, width=5, height=4.2)
+  names, kind, quality = list(photographs.DISTORTIONS), data.distortion[rows], data.quality[rows]
+  jitter = np.random.default_rng(0).uniform(-0.04, 0.04, len(rows))
+  groups = {
+    "blur": (0, 1, 2), "noise": (3, 4, 5, 6), "coding": (7, 8), "colour": (9, 10, 11), "light": (12, 13, 14),
+    "place": (15, 16, 17),
+  }  # fmt: skip
+  for group, members in groups.items():
+    at = np.isin(kind, members)
+    axes[0, 0].scatter(quality[at] + jitter[at], scores["MANIQA"][at], s=6, label=group)
+  axes[0, 0].plot((0, 1), (0, 1), color="grey", linewidth=1)
+  axes[0, 0].set(xlabel="true quality (level)", ylabel="MANIQA's score", title="test pictures")
+  axes[0, 0].legend(fontsize=7)
+  shown = [name for name in (*NETWORKS, "PSNR") if name in scores]
+  for j, name in enumerate(shown):
+    each = [correlations(scores[name][kind == k], quality[kind == k])[0] for k in range(len(names))]
+    axes[0, 1].barh(np.arange(len(names)) + 0.2 * j, each, 0.2, label=name)
+  axes[0, 1].set(yticks=np.arange(len(names)) + 0.3, yticklabels=names, xlabel="SRCC within the distortion")
+  axes[0, 1].invert_yaxis()
+  axes[0, 1].legend(fontsize=7, loc="lower left")
+  content = data.content[rows[0]]
+  tiles, texts = [], []
+  for k in np.linspace(0, len(names) - 1, 4).round().astype(int):
+    for level in (1, 3, 5):
+      i = int(np.flatnonzero((kind == k) & (data.level[rows] == level) & (data.content[rows] == content))[0])
+      image = data.image[rows[i]]
+      tiles.append(image[: config.side, : config.side])
+      texts.append(f"{names[k]} {level}: {scores['MANIQA'][i]:.2f} ({quality[i]:.1f})")
+  grid = [np.concatenate(tiles[3 * r : 3 * r + 3], 1) for r in range(4)]
+  axes[0, 2].imshow(np.concatenate(grid))
+  for n, text in enumerate(texts):
+    place = (n % 3 * config.side + 4, n // 3 * config.side + 6)
+    axes[0, 2].text(*place, text, fontsize=5, va="top", bbox={"facecolor": "white", "pad": 1, "linewidth": 0})
+  axes[0, 2].set_axis_off()
+  axes[0, 2].set_title("score (truth)", fontsize=9)
+  return figures.save(figure, config.workdir / folder(config) / "scores.png")
+
+
+def main(config: Config) -> None:
+  """Trains, tests and reports."""
+  began = time.monotonic()
+  checks.count("seeds", config.seeds)
+  checks.count("steps", config.steps, 10)
+  checks.count("size", config.size, 16, config.side)
+  if not config.learning_rates:
+    raise ValueError("learning_rates: got none, expected at least one")
+  if finished := train.result.finished_result(config.workdir / folder(config), config):
+    return train.result.print_metrics(finished)
+  data = photographs.graded(photographs.CONTENTS, config.side)
+  names = NETWORKS if config.preset == "demo" else NETWORKS[:1]
+  chosen: dict[str, float] = {}
+  found: dict[str, list[tuple[float, float]]] = {}
+  picture = features = None
+  for seed in range(config.seeds):
+    parts = photographs.split(seed=seed)._asdict()
+    rows = {
+      part: np.flatnonzero(np.isin(data.content, [photographs.CONTENTS.index(name) for name in contents]))
+      for part, contents in parts.items()
+    }
+    scores = {}
+    for name in names:
+      models = {
+        rate: fitted(config, name, rate, seed, data, rows["train"])
+        for rate in (config.learning_rates if name not in chosen else (chosen[name],))
+      }
+      if name not in chosen:
+        pictures = [data.image[i] for i in rows["val"]]
+        value = {
+          rate: correlations(predict(config, score, pictures), data.quality[rows["val"]])[0]
+          for rate, score in models.items()
+        }
+        chosen[name] = max(value, key=value.__getitem__)
+        rich.print(f"{name}: SRCC on validation contents by rate {value}")
+      scores[name] = predict(config, models[chosen[name]], [data.image[i] for i in rows["test"]])
+    features = np.stack([statistics(image) for image in data.image]) if features is None else features
+    scores |= {"statistics": hand_made(features, data.quality, rows), **full_reference(data, rows["test"])}
+    for name, values in scores.items():
+      found.setdefault(name, []).append(correlations(values, data.quality[rows["test"]]))
+      rich.print(f"seed {seed}, {name}: SRCC {found[name][-1][0]:.3f}, PLCC {found[name][-1][1]:.3f}")
+    picture = picture or draw(config, data, rows["test"], scores)
+  metrics = {
+    f"{name}, {kind}": [pair[i] for pair in pairs]
+    for name, pairs in found.items()
+    for i, kind in enumerate(("SRCC", "PLCC"))
+  }
+  mean = {name: float(np.mean([pair[0] for pair in pairs])) for name, pairs in found.items()}
+  others = ", ".join(f"{name} {value:.3f}" for name, value in mean.items() if name != "MANIQA")
+  path = train.write_result(
+    config.workdir / folder(config),
+    system="maniqa",
+    claim=f"SRCC of MANIQA on contents it has not seen: {mean['MANIQA']:.3f}; {others}.",
+    dataset=f"{len(data.image)} graded distortions of {len(photographs.CONTENTS)} photographs, split by content",
+    config=config,
+    metrics=metrics,
+    published={},
+    seed=list(range(config.seeds)),
+    wall_time=time.monotonic() - began,
+  )
+  train.result.print_metrics(train.result.finished_result(config.workdir / folder(config), config))
+  rich.print(f"{path}\n{picture}")
+
+
+def parse(args: Any = None) -> Config:
+  """The command line; `--preset paper` decides what the other options default to."""
+  words = list(sys.argv[1:] if args is None else args)
+  default = PAPER if "paper" in words else Config()
+  return tyro.cli(Config, args=words, default=default, description=__doc__)
+
+
+if __name__ == "__main__":
+  main(parse())

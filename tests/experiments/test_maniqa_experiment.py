@@ -1,0 +1,86 @@
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import maniqa as experiment
+from jaxlab.data import photographs
+
+
+def test_paper_preset_is_the_published_recipe():
+  config = experiment.parse(["--preset", "paper"])
+  rate = experiment.schedule(config, config.learning_rates[0])
+  steps = np.array([0, 25, 50, 75, 100, 130])
+  np.testing.assert_allclose([rate(i) for i in steps], 0.5e-5 * (1 + np.cos(np.pi * steps / 50)), atol=1e-11)
+  assert (config.batch_size, config.size, config.weight_decay, config.flip) == (8, 224, 1e-5, 0.7)
+  model = experiment.network(config, "MANIQA")
+  shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 224, 224, 3), "float32"))
+  assert sum(x.size for x in jax.tree.leaves(shapes)) == 114_164_578
+
+
+def test_features_tell_noise_from_blur():
+  image = photographs.photograph("coins", 64)
+  rng = np.random.default_rng(0)
+  blurred, noisy = (photographs.distort(image, name, 5, rng) for name in ("gaussian blur", "white noise"))
+  features = [experiment.statistics(x) for x in (image, blurred, noisy)]
+  assert all(f.shape == (36,) and np.isfinite(f).all() for f in features)
+  assert features[1][1] < features[0][1] < features[2][1]  # variance of the normalised luminance
+  x = rng.standard_normal(100_000)
+  shape, mean, left, right = experiment.generalised_gaussian(x)
+  np.testing.assert_allclose([shape, mean, left, right], [2, 0, 1, 1], atol=0.05)
+  skewed = np.where(x < 0, 2 * x, x)[np.argsort(rng.random(len(x)))]
+  keep = (x >= 0) | (rng.random(len(x)) < 1)
+  left, right = experiment.generalised_gaussian(skewed[keep])[2:]
+  np.testing.assert_allclose([left, right], [2, 1], atol=0.05)
+
+
+def test_correlations():
+  quality = np.array([0.0, 0.25, 0.5, 0.75, 1.0])
+  assert experiment.correlations(np.exp(quality), quality)[0] == pytest.approx(1)
+  assert experiment.correlations(2 * quality - 7, quality)[1] == pytest.approx(1)
+  assert experiment.correlations(-quality, quality) == pytest.approx((-1, -1))
+  assert experiment.correlations(np.ones(5), quality) == (0, 0)
+
+
+def test_runs_end_to_end(tmp_path, monkeypatch):
+  kinds = ("gaussian blur", "white noise", "JPEG")
+  monkeypatch.setattr(photographs, "DISTORTIONS", {name: photographs.DISTORTIONS[name] for name in kinds})
+  monkeypatch.setattr(
+    photographs, "CONTENTS", ("cat", "coins", "flower", "moon", "rocket", "coffee", "brick", "camera")
+  )
+  monkeypatch.setattr(experiment, "NETWORKS", ("MANIQA",))
+  monkeypatch.setattr(experiment.jax, "device_count", lambda: 1)
+  tiny = {"image_size": 16, "width": 8, "num_heads": 1, "taps": (0,), "mlp_width": 8, "num_tab": 1, "depths": (1,)}
+  whole = experiment.maniqa.base
+  monkeypatch.setattr(experiment.maniqa, "base", lambda **o: whole(**o | tiny | {"stage_heads": (1,), "window": 2}))
+  config = experiment.Config(
+    side=32, size=16, steps=12, batch_size=8, crops=2, learning_rates=(1e-3,), workdir=tmp_path
+  )
+  experiment.main(config)
+  folder = tmp_path / "demo-16-12"
+  result = json.loads((folder / "result.json").read_text())
+  assert set(result["metrics"]) >= {
+    "MANIQA, SRCC",
+    "MANIQA, PLCC",
+    "statistics, SRCC",
+    "PSNR, SRCC",
+    "SSIM, PLCC",
+  }
+  assert result["metrics"]["PSNR, SRCC"]["mean"] > 0.4
+  assert (folder / "scores.png").stat().st_size > 10_000
+  experiment.main(config)  # says that it is finished
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"seeds": 0}, "seeds: got 0"),
+    ({"size": 300}, "size: got 300"),
+    ({"learning_rates": ()}, "learning_rates: got none"),
+  ],
+)
+def test_bad_settings(change, message, tmp_path):
+  with pytest.raises(ValueError, match=message):
+    experiment.main(dataclasses.replace(experiment.Config(workdir=tmp_path), **change))
