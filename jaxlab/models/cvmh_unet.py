@@ -219,7 +219,7 @@ class CVMHUNet(nn.Module):
     in_channels: channels of the images.
     widths: channels of each stage, at strides 4, 8, 16 and so on; the first a multiple of 4.
     encoder_depths: blocks of each stage.
-    decoder_depths: blocks of each stage on the way up, the deepest first.
+    decoder_depths: blocks of each stage on the way up, the deepest first; 0 for none.
     pool_sizes: of the fusion at each stage but the deepest, multiples of 7.
     skip: "fusion", or "add" for a sum in its place, an ablation. "add_before" adds what enters the encoder's stage of
       a resolution before the decoder leaves it: VM-UNet's way.
@@ -329,10 +329,12 @@ class CVMHUNet(nn.Module):
     if min(images.shape[1:3]) < 1:
       raise ValueError(f"images: got {images.shape[1]}x{images.shape[2]} pixels, expected at least one")
     stages = len(self.widths)
-    for name, count in (("encoder_depths", stages), ("decoder_depths", stages), ("pool_sizes", stages - 1)):
-      values = getattr(self, name)
-      if len(values) < count or min(values, default=1) < 1 or (name != "pool_sizes" and len(values) > count):
-        raise ValueError(f"{name}: got {values}, expected {count} positive integers for {stages} stages")
+    for name in ("encoder_depths", "decoder_depths"):
+      depths, least = getattr(self, name), 1 if name == "encoder_depths" else 0
+      if len(depths) != stages or min(depths, default=least) < least:
+        raise ValueError(f"{name}: got {depths}, expected one of at least {least} for each of {stages} stages")
+    if len(self.pool_sizes) < stages - 1:
+      raise ValueError(f"pool_sizes: got {self.pool_sizes}, expected one for each of {stages} stages but the last")
     if not stages or self.widths[0] % 4 or min(self.widths) < 1:
       raise ValueError(f"widths: got {self.widths}, expected channels of each stage, the first a multiple of 4")
     if self.skip not in ("fusion", "add", "add_before"):

@@ -12,7 +12,7 @@ def inputs(seed):
 
 
 def model(**changes):
-  shape = {"num_classes": 3, "widths": (32, 8), "encoder_depths": (1, 1), "decoder_depths": (1, 1)}
+  shape = {"num_classes": 3, "widths": (32, 8), "encoder_depths": (1, 1), "decoder_depths": (0, 0)}
   shape |= {"pool_sizes": (7,), "state_size": 2}
   return cvmh_unet.CVMHUNet(**shape | changes)
 
@@ -49,7 +49,8 @@ CASE = Case(
     "grey": (init(inputs(0)[..., :1]), "images"),
     "no pixels": (init(inputs(0)[:, :0]), "images"),
     "depths of three stages": (init(encoder_depths=(1, 1, 1)), "encoder_depths"),
-    "a stage without blocks": (init(decoder_depths=(1, 0)), "decoder_depths"),
+    "a stage without blocks": (init(encoder_depths=(1, 0)), "encoder_depths"),
+    "fewer blocks than none": (init(decoder_depths=(1, -1)), "decoder_depths"),
     "no pooled map": (init(pool_sizes=()), "pool_sizes"),
     "a pooled map that 7 does not divide": (init(pool_sizes=(8,)), "pool_size"),
     "width that the last expansion does not divide": (init(widths=(30, 8)), "widths"),
