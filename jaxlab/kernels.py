@@ -18,11 +18,13 @@ within its major version, which `supported` checks). Every field used here is ei
 read the structures as arrays of words, at the positions named next.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import llvmlite.binding
@@ -59,9 +61,25 @@ def supported() -> bool:
   return major is not None and int(major.group(1)) == _VERSION_MAJOR
 
 
+_off = contextvars.ContextVar("jaxlab_kernels_off", default=False)
+
+
+@contextlib.contextmanager
+def disabled() -> Iterator[None]:
+  """Functions traced for the first time in here take XLA's own operations on CPU too.
+
+  XLA can split these over devices, which it cannot do to a host kernel; and shapes alone need no kernel compiled.
+  """
+  token = _off.set(True)
+  try:
+    yield
+  finally:
+    _off.reset(token)
+
+
 def available() -> bool:
   """Whether operations should choose their host kernel: decided while tracing, by the default backend."""
-  return jax.default_backend() == "cpu" and supported()
+  return not _off.get() and jax.default_backend() == "cpu" and supported()
 
 
 @dataclasses.dataclass(frozen=True)

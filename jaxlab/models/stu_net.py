@@ -1,6 +1,6 @@
-"""STU-Net: a residual U-Net for volumes that grows in depth and width together, from 14 million to 1.4 billion weights.
+"""STU-Net: a residual U-Net for volumes, in depth and width grown together from 14 million to 1.4 billion weights.
 
-Six stages of widths w (1, 2, 4, 8, 16, 16) and n residual blocks each, joined by strides s_1 ... s_5; all norms are over
+Six stages of widths w (1, 2, 4, 8, 16, 16) and n residual blocks each, joined by strides s_1 ... s_5. Norms are over
 the voxels of one volume, without running statistics:
 
     block(x)  = LeakyReLU(Norm(Conv(LeakyReLU(Norm(Conv(x, stride))))) + skip(x))     Conv: 3x3x3;  skip: 1x1x1 or none

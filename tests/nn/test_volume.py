@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlab import kernels
 from jaxlab.nn import _volume, volume
 
 
@@ -62,6 +63,14 @@ def test_bfloat16_accumulates_in_float32():
   y = volume.convolve(x, jnp.full((3, 3, 3, 64, 8), 1.0, jnp.bfloat16), jnp.zeros(8, jnp.bfloat16))
   assert y.dtype == jnp.bfloat16
   assert float(y[0, 1, 1, 1, 0]) == 27 * 64 and float(y[0, 0, 0, 0, 0]) == 8 * 64
+
+
+def test_kernels_can_be_left_out():
+  x, kernel = jnp.ones((1, 2, 2, 2, 1)), jnp.ones((3, 3, 3, 1, 8))
+  text = lambda: jax.jit(lambda x: volume.convolve(x, kernel)).lower(x).as_text()
+  with kernels.disabled():
+    assert "stablehlo.convolution" in text()
+  assert ("stablehlo.convolution" in text()) != kernels.available()
 
 
 def test_items_cover_large_and_small_volumes():
