@@ -1,6 +1,6 @@
 """Are a network's interactions sparser in the local interaction basis than between its principal components?
 
-    python experiments/local_interaction_basis.py                                  # addition mod 31, trained here
+    python experiments/local_interaction_basis.py                                  # addition mod 43, trained here
     python experiments/local_interaction_basis.py --network mlp                    # or cnn, on digits
     python experiments/local_interaction_basis.py --network blocks                 # modules that are known beforehand
     python experiments/local_interaction_basis.py --network modular_addition --weights official
@@ -53,13 +53,13 @@ class Config:
   """Of mlp and cnn; both ship with a package."""
   seeds: int = 3
   """Networks."""
-  modulus: int = 31
+  modulus: int = 43
   """Of the addition."""
   features: int = 64
   """Of the transformer's residual stream; a perceptron's hidden layer has half as many neurons, an image 8 channels."""
   share: float = 0.6
   """Of all pairs of numbers, to train on."""
-  learning_rate: float = 0.003
+  learning_rate: float = 0.002
   """Of AdamW with weight decay 1, for the transformer; others have Adam with 0.001."""
   steps: int = 4000
   """On all training pairs, for the transformer."""
@@ -142,6 +142,11 @@ class CNN(nn.Module):
     return nn.Dense(10)(x.reshape(len(x), -1))
 
 
+def of_network(config: Config) -> dict[str, Any]:
+  """Settings that one network depends on, and what is found in it: more networks leave the others as they are."""
+  return {name: value for name, value in settings(config).items() if name not in ("seeds", "drawn")}
+
+
 def adds(config: Config, seed: int, folder: pathlib.Path) -> Problem:
   """The transformer, trained or official."""
   pairs, held = lib.pairs(config.modulus, train=config.share, seed=0 if config.weights == "official" else seed)
@@ -158,7 +163,7 @@ def adds(config: Config, seed: int, folder: pathlib.Path) -> Problem:
     learner = train.supervised(model, train.cross_entropy(), tx, inputs=lambda batch: batch["tokens"])
     params = train.fit(
       learner, pairs, steps=config.steps, workdir=folder / f"seed{seed}", key=jax.random.key(seed), keep=1,
-      evaluate_on=held, evaluate_every=max(1, config.steps // 10), tensorboard=False, config=settings(config),
+      evaluate_on=held, evaluate_every=max(1, config.steps // 10), tensorboard=False, config=of_network(config),
     ).params  # fmt: skip
   x, held_x = (jax.jit(lib.embed)(params, part["tokens"][: config.examples]) for part in (pairs, held))
   with jax.enable_x64(True):  # the sum of embeddings too
@@ -185,7 +190,7 @@ def sees(config: Config, seed: int, folder: pathlib.Path) -> Problem:
 
   params = train.fit(
     learner, batch, steps=config.epochs * steps, workdir=folder / f"seed{seed}", key=jax.random.key(seed), keep=1,
-    tensorboard=False, config=settings(config),
+    tensorboard=False, config=of_network(config),
   ).params  # fmt: skip
 
   @jax.jit
@@ -256,28 +261,36 @@ def explain(config: Config, problem: Problem, method: str) -> lib.Graph:
   return lib.interaction_graph(problem.network, problem.x, method=METHODS[method], threshold=config.threshold)
 
 
-def study(config: Config, problem: Problem) -> dict[str, Any]:
-  """Metrics of one network."""
-  score = functools.partial(lib.accuracy, labels=problem.labels)
+def study(config: Config, problem: Problem, parts: pathlib.Path) -> dict[str, Any]:
+  """Metrics of one network; what an earlier run found is read from files named after `parts`."""
   metrics: dict[str, Any] = {}
   for title in METHODS:
-    start = time.perf_counter()
-    graph = explain(config, problem, title)
-    metrics[f"seconds for bases and edges, {title}"] = time.perf_counter() - start
+    graph = functools.cache(functools.partial(explain, config, problem, title))
     for layer, name in enumerate(LAYERS[config.network]):
-      if config.network == "blocks":
-        metrics[f"edges between blocks (%), {name}, {title}"] = crossing(graph, layer)
-        continue
-      metrics[f"features of {name}, {title}"] = len(graph.bases[layer].importance)
-      required = lib.edges_required(problem.network, graph, layer, problem.held, score, tolerance=WITHIN)
-      metrics["test accuracy (%)"] = 100 * required.base
-      metrics[f"edges required from {name}, {title}"] = required.edges
-      width = graph.bases[layer].into.shape[0]
-      counts = lib.schedule(width, every=min(10, width - 1), base=1.05)
-      curve = lib.feature_curve(problem.network, graph, layer, problem.held, score, counts)
-      metrics[f"curve of {name}, {title}"] = [list(curve), list(curve.values())]
-      metrics[f"features required of {name}, {title}"] = min(k for k in counts if curve[k] >= required.base - WITHIN)
+      make = functools.partial(study_layer, config, problem, graph, layer, f"{name}, {title}")
+      metrics |= once(parts.with_name(f"{parts.name}-{title}-{layer}.json"), make)
   return metrics
+
+
+def study_layer(
+  config: Config, problem: Problem, graph: Callable[[], lib.Graph], layer: int, what: str
+) -> dict[str, Any]:
+  """Metrics of one node layer and the edges behind it, in one basis."""
+  if config.network == "blocks":
+    return {f"edges between blocks (%), {what}": crossing(graph(), layer)}
+  score = functools.partial(lib.accuracy, labels=problem.labels)
+  basis = graph().bases[layer]
+  required = lib.edges_required(problem.network, graph(), layer, problem.held, score, tolerance=WITHIN)
+  width = basis.into.shape[0]
+  counts = lib.schedule(width, every=min(10, width - 1), base=1.05)
+  curve = lib.feature_curve(problem.network, graph(), layer, problem.held, score, counts)
+  return {
+    "test accuracy (%)": 100 * required.base,
+    f"features of {what}": len(basis.importance),
+    f"edges required from {what}": required.edges,
+    f"features required of {what}": min(k for k in counts if curve[k] >= required.base - WITHIN),
+    f"curve of {what}": [list(curve), list(curve.values())],
+  }
 
 
 def once(path: pathlib.Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -399,10 +412,10 @@ def main(config: Config) -> None:
     return print_metrics(result)
   start = time.perf_counter()
   make = functools.partial(MAKERS[config.network], config, folder=folder)
-  parts = folder / f"parts-{zlib.crc32(json.dumps(record).encode()):08x}"  # of these settings alone
+  parts = folder / f"parts-{zlib.crc32(json.dumps(of_network(config)).encode()):08x}"
   runs = []
   for seed in range(config.seeds):
-    runs.append(once(parts / f"seed{seed}.json", lambda seed=seed: study(config, make(seed=seed))))
+    runs.append(study(config, make(seed=seed), parts / f"seed{seed}"))
     rich.print(f"seed {seed}: {', '.join(f'{k} {v:.4g}' for k, v in runs[-1].items() if 'required from' in k)}")
   draw(config, make(seed=0), runs, folder / "figure.png")
   metrics = {name: [run[name] for run in runs] for name in runs[0] if not name.startswith("curve")}
