@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxlab import interop
-from jaxlab.nn.attention import multi_head_attention
 from jaxlab.nn.module import precision
+from jaxlab.nn.product import dot_general
 
 # The usual truncation at +-2 lies a hundred standard deviations out.
 _dense_init = nn.initializers.normal(0.02)
@@ -50,7 +50,7 @@ class SelfAttention(nn.Module):
 
     Args:
       tokens: floats.
-      mask: True where a token (third axis) may see another (last axis); with `causal`, where both allow it.
+      mask: True where a token (third axis) may see another (last axis), at least one; with `causal`, where both allow.
 
     Returns:
       Tokens of the same shape, in `dtype`.
@@ -60,14 +60,21 @@ class SelfAttention(nn.Module):
     """
     if tokens.ndim != 3:
       raise ValueError(f"tokens: got shape {tokens.shape}, expected [batch, tokens, channels]")
-    options = {"kernel_init": self.kernel_init, **precision(self)}
-    channels = tokens.shape[-1]
+    batch, length, channels = tokens.shape
+    if self.num_heads < 1 or channels % self.num_heads:
+      raise ValueError(f"num_heads: got {self.num_heads}, expected a divisor of {channels} channels")
+    options = {"kernel_init": self.kernel_init, "dot_general": dot_general, **precision(self)}
     qkv = nn.Dense(3 * channels, use_bias=self.qkv_bias, name="qkv", **options)(tokens)
     if self.causal:
-      past = jnp.tri(tokens.shape[1], dtype=bool)[None, None]
+      past = jnp.tri(length, dtype=bool)[None, None]
       mask = past if mask is None else past & mask
-    attended = multi_head_attention(*jnp.split(qkv, 3, axis=-1), num_heads=self.num_heads, mask=mask)
-    return nn.Dense(channels, name="proj", **options)(attended)
+    # Heads first: one transposition, after which both products are of adjacent matrices, twice as fast on CPU.
+    query, key, value = qkv.reshape(batch, length, 3, self.num_heads, -1).transpose(2, 0, 3, 1, 4)
+    logits = jnp.einsum("bhnd,bhmd->bhnm", query, key, preferred_element_type=jnp.float32) / query.shape[-1] ** 0.5
+    weights = nn.softmax(logits, where=mask).astype(value.dtype)
+    attended = jnp.einsum("bhnm,bhmd->bhnd", weights, value, preferred_element_type=jnp.float32)
+    merged = attended.astype(value.dtype).swapaxes(1, 2).reshape(tokens.shape)
+    return nn.Dense(channels, name="proj", **options)(merged)
 
 
 class Mlp(nn.Module):
@@ -88,9 +95,11 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
     """Args: x, channels last. Returns the same shape, in `dtype`."""
-    options = {"kernel_init": self.kernel_init, **precision(self)}
+    options = {"kernel_init": self.kernel_init, "dot_general": dot_general, **precision(self)}
     hidden = nn.Dense(int(x.shape[-1] * self.ratio), name="fc1", **options)(x)
-    return nn.Dense(x.shape[-1], name="fc2", **options)(nn.gelu(hidden, approximate=False))
+    # In float32, as the error function in bfloat16 is no faster and its gradient is slower.
+    hidden = nn.gelu(hidden.astype(jnp.float32), approximate=False).astype(self.dtype)
+    return nn.Dense(x.shape[-1], name="fc2", **options)(hidden)
 
 
 class Block(nn.Module):

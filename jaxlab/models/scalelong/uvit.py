@@ -9,6 +9,7 @@
 Bao et al., "All are Worth Words: A ViT Backbone for Diffusion Models", CVPR 2023; the network of the official code.
 """
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -24,6 +25,7 @@ from jaxlab.nn import transformer
 from jaxlab.nn.conv import StridedConv
 from jaxlab.nn.diffusion import timestep_embedding
 from jaxlab.nn.module import check_images, precision
+from jaxlab.nn.product import dot_general
 
 TIME_SCALE = 999.0  # what the diffusion time t in [0, 1] is multiplied by for the network
 
@@ -92,6 +94,7 @@ class UViT(nn.Module):
     self._check(images, timesteps, labels)
     options = precision(self)
     block = nn.remat(transformer.Block) if self.remat else transformer.Block
+    dense: Any = functools.partial(nn.Dense, kernel_init=_dense_init, dot_general=dot_general, **options)
     batch, grid, p = images.shape[0], self.image_size // self.patch_size, self.patch_size
 
     patches = StridedConv(self.width, p, p, kernel_init=_conv_init, name="patch_embed", **options)(images)
@@ -114,11 +117,11 @@ class UViT(nn.Module):
     x = attend(x, "mid_block")
     for i in reversed(range(num_skips)):
       both = jnp.concatenate([x, scale(skips[i], i)], -1)
-      x = nn.Dense(self.width, kernel_init=_dense_init, name=f"skip_linear{i}", **options)(both)
+      x = dense(self.width, name=f"skip_linear{i}")(both)
       x = attend(x, f"out_block{i}")
 
     x = nn.LayerNorm(1e-5, name="norm", **options)(x[:, -(grid**2) :])
-    x = nn.Dense(p * p * self.in_channels, kernel_init=_dense_init, name="decoder", **options)(x)
+    x = dense(p * p * self.in_channels, name="decoder")(x)
     x = x.reshape(batch, grid, grid, p, p, self.in_channels).swapaxes(2, 3).reshape(images.shape)
     if not self.final_conv:
       return x
