@@ -2,14 +2,15 @@
 
 The PyTorch side does what the official code does, in float64: gradients of one output after the other for the whole
 batch, all kept for one product at the end; then edges from gradients of every output in the new bases. What it finds is
-what we find, to 1e-6. The transformer is the one for addition modulo 113, with fewer examples than the paper's 3,830.
+what we find, to 1e-6. Graphs are of a smaller transformer than the paper's, which takes minutes there; training is of
+the paper's, for addition modulo 113 with all of its 3,830 examples.
 """
 
 import functools
 
 from benchmarks.harness import Case
 
-PRIME, EXAMPLES = 113, 128
+PRIME, SMALL, WIDTH, EXAMPLES = 113, 43, 64, 384
 SIZES, IMAGES = (784, 100, 100, 10), 512
 
 
@@ -25,8 +26,8 @@ def _problem(name):
 
   rng = np.random.default_rng(0)
   if name == "transformer":
-    tokens = lib.pairs(PRIME)[0]["tokens"][:EXAMPLES]
-    params = lib.ModularAddition(PRIME).init(jax.random.key(0), tokens)["params"]
+    tokens = lib.pairs(SMALL)[0]["tokens"][:EXAMPLES]
+    params = lib.ModularAddition(SMALL, WIDTH).init(jax.random.key(0), tokens)["params"]
     params = jax.tree.map(lambda a: 2 * np.asarray(a, "float64"), params)
     with jax.enable_x64(True):
       network, x = lib.modular_addition(params), lib.embed(params, tokens)
@@ -54,7 +55,7 @@ def _section(section):
   import torch
 
   kind = type(section).__name__
-  weights = {n: torch.from_numpy(a) for n, a in vars(section).items() if hasattr(a, "shape")}
+  weights = {n: torch.tensor(a) for n, a in vars(section).items() if hasattr(a, "shape")}
   act = torch.relu if getattr(section, "activation", "") == "relu" else lambda a: a
   if kind == "Dense":
     return lambda x: act(x @ weights["kernel"])
@@ -93,7 +94,7 @@ def torch_graph(name, method="lib", threshold=1e-15):
   import torch
 
   network, x = _problem(name)
-  network, x = [_section(s) for s in network], torch.from_numpy(x)
+  network, x = [_section(s) for s in network], torch.tensor(x)
 
   def basis(acts, section, to):
     count = acts.shape[0] * acts.shape[1]
@@ -225,7 +226,7 @@ def cases():
   peer = "the official algorithm, PyTorch"
   names = {
     "mlp": "MLP 784-100-100-10, 512 images",
-    "transformer": f"addition mod {PRIME}, {EXAMPLES} examples",
+    "transformer": f"addition mod {SMALL}, {WIDTH} wide, {EXAMPLES} examples",
   }
   made = [Case(f"{title}, bases and edges", part(ours, n), {peer: part(torch_graph, n)}) for n, title in names.items()]
   pca = {"method": "pca"}
