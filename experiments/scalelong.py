@@ -1,6 +1,6 @@
 """ScaleLong on small images: how steadily a deep U-ViT trains with and without multipliers on its long skips.
 
-    python experiments/scalelong.py                      # digits of 8x8 pixels, a network of 0.7M parameters
+    python experiments/scalelong.py                      # digits of 8x8 pixels, a network of 0.4M parameters
     python experiments/scalelong.py --preset mnist       # samples of 28x28 pixels, from one scaling and rate
     python experiments/scalelong.py --preset paper       # U-ViT-S/2 on CIFAR-10, on a host with GPUs
 
@@ -53,30 +53,26 @@ class Config:
   """Kinds to compare."""
   kappa: float = 0.7
   """Of "constant"."""
-  width: int = 64
+  width: int = 48
   """Channels of a token."""
   depth: int = 12
   """Blocks besides the middle one."""
   heads: int = 4
   """Of attention."""
-  rates: tuple[float, ...] = (5e-4, 2e-3, 8e-3)
+  rates: tuple[float, ...] = (1e-3, 3e-3, 9e-3)
   """Learning rates to choose from, after the warm-up."""
   steps: int = 400
-  """Updates of a run of the comparison."""
-  warmup: int = 40
+  """Updates of a run."""
+  warmup: int = 30
   """Steps in which the rate grows linearly."""
-  batch_size: int = 64
+  batch_size: int = 32
   """Images a step."""
-  ema_decay: float = 0.98
-  """Of the averaged weights, in the comparison."""
-  seeds: int = 3
-  """Independent runs: weights, noise, order."""
+  ema_decay: float = 0.99
+  """Of the averaged weights."""
+  seeds: int = 2
+  """Independent runs at each rate: weights, noise, order. All runs of a kind train side by side, in one program."""
   sampled: tuple[scalelong.Scaling, ...] = ("none", "constant")
-  """Kinds to train longer, at their best rates, and draw samples from."""
-  sample_training: int = 3000
-  """Updates of those runs; the rate falls to zero along a cosine."""
-  sample_decay: float = 0.995
-  """Of the averaged weights, in those runs."""
+  """Kinds to draw samples from, with the weights of the first seed at the best rate."""
   samples: int = 500
   """To draw of each."""
   sample_steps: int = 250
@@ -90,12 +86,13 @@ class Config:
 PRESETS = {
   "demo": Config(),
   "mnist": Config(
-    "mnist", "mnist5k", ("constant",), width=128, depth=6, rates=(1e-3,), steps=20, seeds=1, warmup=5,
-    sampled=("constant",), sample_training=2500, samples=200,
+    "mnist", "mnist5k", ("constant",), width=96, depth=6, rates=(1e-3,), steps=1500, warmup=100, ema_decay=0.995,
+    seeds=1, sampled=("constant",), samples=200,
   ),
   "paper": Config(
     "paper", "cifar10", ("none", "learned"), width=512, heads=8, rates=(2e-4,), steps=500_000, warmup=2500,
-    batch_size=128, ema_decay=0.9999, seeds=1, sampled=(), samples=50_000, sample_steps=1000, dtype="bfloat16",
+    batch_size=128, ema_decay=0.9999, seeds=1, sampled=("none", "learned"), samples=50_000, sample_steps=1000,
+    dtype="bfloat16",
   ),
 }  # fmt: skip
 
@@ -134,28 +131,18 @@ def network(config: Config, task: Task, scaling: scalelong.Scaling) -> scalelong
   )  # fmt: skip
 
 
-def learner(config: Config, model: scalelong.UViT, steps: int | None = None) -> train.Learner:
-  """AdamW as published. The rate is part of the state, set from the batch that initialises it, so that runs with
-  different rates share a program. Evaluation also measures the middle block's output under the last weights.
-
-  Args:
-    config: the settings.
-    model: the network.
-    steps: of a run whose rate falls to zero; None for a constant rate.
-  """
-  warm = optax.linear_schedule(0, 1, config.warmup)
-  after = optax.constant_schedule(1.0) if steps is None else optax.cosine_decay_schedule(1.0, steps - config.warmup)
+def learner(config: Config, model: scalelong.UViT) -> train.Learner:
+  """AdamW as published, for all rates and seeds at once. The rate is part of the state, set from the batch that
+  initialises it. Evaluation also measures the middle block's output under the last weights."""
   tx = optax.chain(
-    optax.adamw(optax.join_schedules([warm, after], [config.warmup]), 0.99, 0.999, weight_decay=0.03),
+    optax.adamw(optax.linear_schedule(0, 1, config.warmup), 0.99, 0.999, weight_decay=0.03),
     optax.inject_hyperparams(optax.scale)(step_size=1.0),
   )
-  decay = config.ema_decay if steps is None else config.sample_decay
-  base = training.learner(model, PROCESS, tx, time_scale=scalelong.TIME_SCALE, ema_decay=decay)
+  base = training.learner(model, PROCESS, tx, time_scale=scalelong.TIME_SCALE, ema_decay=config.ema_decay)
 
   def init(key: Any, batch: Any) -> train.TrainState:
     state = base.init(key, batch)
-    opt_state = optax.tree_utils.tree_set(state.opt_state, step_size=batch["rate"][0])
-    return state.replace(opt_state=opt_state)
+    return state.replace(opt_state=optax.tree_utils.tree_set(state.opt_state, step_size=batch["rate"][0]))
 
   def evaluate(state: train.TrainState, batch: Any) -> train.Metrics:
     x0 = batch["image"]
@@ -170,76 +157,88 @@ def learner(config: Config, model: scalelong.UViT, steps: int | None = None) -> 
     middle = kept["intermediates"]["mid_block"]["__call__"][0].astype(jnp.float32)
     return {**base.evaluate(state, batch), "middle": jnp.sqrt(jnp.mean(middle**2))}
 
-  return train.Learner(jax.jit(init), jax.jit(base.step, donate_argnums=0), jax.jit(evaluate))
+  many = train.over_seeds(train.Learner(init, base.step, evaluate), batch_axis=0)
+  return train.Learner(jax.jit(many.init), jax.jit(many.step, donate_argnums=0), jax.jit(many.evaluate))
 
 
-def batches(config: Config, task: Task, rate: float, seed: int) -> Callable[[int], dict[str, np.ndarray]]:
-  """The images of each step; the same for every scaling and rate."""
+def batches(config: Config, task: Task) -> Callable[[int], dict[str, np.ndarray]]:
+  """The batch of each run, rate by rate and within it seed by seed; images depend on seed and step alone."""
 
-  def batch(step: int) -> dict[str, np.ndarray]:
+  def images_of(seed: int, step: int) -> np.ndarray:
     rng = np.random.default_rng((seed, step))
     image = task.train[rng.choice(len(task.train), config.batch_size, replace=False)]
     if task.flip:
       flipped = rng.random(len(image)) < 0.5
       image = np.where(flipped[:, None, None, None], image[:, :, ::-1], image)
-    return {"image": image, "rate": np.full(config.batch_size, rate, np.float32)}
+    return image
+
+  def batch(step: int) -> dict[str, np.ndarray]:
+    image = np.stack([images_of(seed, step) for seed in range(config.seeds)])
+    rate = np.repeat(np.array(config.rates, np.float32), config.seeds)
+    return {
+      "image": np.concatenate([image] * len(config.rates)),
+      "rate": np.repeat(rate[:, None], config.batch_size, 1),
+    }
 
   return batch
 
 
 @dataclasses.dataclass
-class Run:
-  """What one run left: losses of the averaged weights, the middle feature at some steps, the last state."""
+class Runs:
+  """What the runs of one scaling left, an entry [rates, seeds] each: losses of the averaged weights, in the units of
+  the noise's variance; the middle feature [records, rates, seeds] after some steps; and their last states."""
 
-  val: float
-  test: float
+  val: np.ndarray
+  test: np.ndarray
   steps: np.ndarray
   middle: np.ndarray
   state: Any
 
   @property
-  def unsteadiness(self) -> float:
+  def unsteadiness(self) -> np.ndarray:
     """Standard deviation of the change of log(middle) between records, second half, in percent."""
     half = self.steps > self.steps[-1] / 2
-    return float(100 * np.std(np.diff(np.log(self.middle[half]))))
+    return 100 * np.std(np.diff(np.log(self.middle[half]), axis=0), axis=0)
+
+  @property
+  def best(self) -> int:
+    """Which rate has the lowest loss on validation images, in the mean over seeds."""
+    return int(self.val.mean(1).argmin())
 
 
-def run(
-  config: Config, task: Task, made: train.Learner, name: str, rate: float, seed: int, steps: int
-) -> Run:  # fmt: skip
-  """Trains; a run that leaves the finite numbers has infinite losses."""
-  folder = config.workdir / config.preset / config.dataset / name / f"rate{rate:g}" / f"seed{seed}"
-  kept = train.result.settings(dataclasses.asdict(config) | {"run": name, "rate": rate, "seed": seed, "steps": steps})
-  for key in ("workdir", "seeds", "scalings", "rates", "sampled", "samples", "sample_steps", "sample_training"):
+def run(config: Config, task: Task, made: train.Learner, name: str) -> Runs:
+  """Trains all rates and seeds of one scaling."""
+  folder = config.workdir / config.preset / config.dataset / name
+  kept = train.result.settings(dataclasses.asdict(config) | {"run": name})
+  for key in ("workdir", "scalings", "sampled", "samples", "sample_steps"):
     kept.pop(key)
-  probe = {"image": task.val[: config.batch_size]}
-  try:
-    state = train.fit(
-      made,
-      batches(config, task, rate, seed),
-      steps=steps,
-      workdir=folder,
-      key=jax.random.key(seed),
-      evaluate_on=probe,
-      evaluate_every=max(RECORD, steps // 100),
-      save_every=max(steps // 3, 1),
-      keep=1,
-      config=kept,
-      mesh=train.mesh() if jax.device_count() > 1 else None,
-      tensorboard=False,
-    )
-  except FloatingPointError as error:
-    rich.print(f"{name}, rate {rate:g}, seed {seed}: {error}")
-    return Run(np.inf, np.inf, np.array([0.0, 1.0, 2.0]), np.array([np.nan] * 3), None)
-  history = train.read_metrics(folder)["eval_middle"]
+  shape = len(config.rates), config.seeds
+  size = config.batch_size
 
-  def loss(part: np.ndarray) -> float:
-    size = config.batch_size  # as the probe, so that one program serves both
-    chunks = [part[i : i + size] for i in range(0, min(len(part) - size, 4 * size) + 1, size)]
-    return float(np.mean([made.evaluate(state, {"image": chunk})["loss"] for chunk in chunks]))
+  def repeated(part: np.ndarray) -> dict[str, np.ndarray]:
+    return {"image": np.stack([part] * (shape[0] * shape[1]))}
 
-  val, test = loss(task.val), loss(task.test)
-  return Run(val, test, np.asarray(history[0]), np.asarray(history[1]), state)
+  state = train.fit(
+    made,
+    batches(config, task),
+    steps=config.steps,
+    workdir=folder,
+    key=jax.random.split(jax.random.key(0), config.seeds)[np.tile(np.arange(config.seeds), shape[0])],
+    evaluate_on=repeated(task.val[:size]),
+    evaluate_every=max(RECORD, config.steps // 100),
+    save_every=max(config.steps // 3, 1),
+    keep=1,
+    config=kept,
+    tensorboard=False,
+  )
+  steps, middle = train.read_metrics(folder)["eval_middle"]
+
+  def loss(part: np.ndarray) -> np.ndarray:
+    starts = range(0, min(len(part) - size, 7 * size) + 1, size)  # chunks as the probe, so that one program serves both
+    losses = [np.asarray(made.evaluate(state, repeated(part[i : i + size]))["loss"]) for i in starts]
+    return np.mean(losses, 0).reshape(shape)
+
+  return Runs(loss(task.val), loss(task.test), steps, middle.reshape(-1, *shape), state)
 
 
 def draw_samples(
@@ -315,26 +314,21 @@ def norm_law(config: Config, draws: int = 100) -> dict[str, tuple[np.ndarray, np
 
 
 def draw_comparison(
-  config: Config,
-  runs: Mapping[tuple[str, float], list[Run]],
-  law: Mapping[str, tuple[np.ndarray, np.ndarray]],
-  path: pathlib.Path,
+  config: Config, runs: Mapping[str, Runs], law: Mapping[str, tuple[np.ndarray, np.ndarray]], path: pathlib.Path
 ) -> pathlib.Path:
   """Loss over rates; the middle feature at the highest rate; the law."""
   figure, axes = figures.subplots(1, 3, width=4)
-  for i, kind in enumerate(config.scalings):
-    losses = np.array([[one.val for one in runs[kind, rate]] for rate in config.rates])
-    shift = 1 + 0.04 * (i - len(config.scalings) / 2)
-    axes[0, 0].errorbar(
-      np.array(config.rates) * shift, losses.mean(1), losses.std(1), marker="o", label=kind, color=figures.COLORS[i]
-    )
-    for j, one in enumerate(runs[kind, config.rates[-1]]):
-      label = kind if j == 0 else None
-      axes[0, 1].plot(one.steps, one.middle, color=figures.COLORS[i], label=label, linewidth=0.8)
+  for i, (kind, some) in enumerate(runs.items()):
+    color = figures.COLORS[i]
+    shift = 1 + 0.04 * (i - len(runs) / 2)
+    rates = np.array(config.rates) * shift
+    axes[0, 0].errorbar(rates, some.val.mean(1), some.val.std(1), marker="o", label=kind, color=color)
+    axes[0, 1].plot(some.steps, some.middle[:, -1], color=color, linewidth=0.8)
+    axes[0, 1].plot([], color=color, label=kind)
     if kind in law:
       measured, predicted = law[kind]
-      axes[0, 2].plot(predicted, color=figures.COLORS[i], label=f"{kind}: law")
-      axes[0, 2].plot(measured, "o", color=figures.COLORS[i])
+      axes[0, 2].plot(predicted, color=color, label=f"{kind}: law")
+      axes[0, 2].plot(measured, "o", color=color)
   axes[0, 0].set(xscale="log", xlabel="learning rate", ylabel="loss, validation images", title="Loss")
   axes[0, 1].set(
     xlabel="step", yscale="log", ylabel="root mean square", title=f"Middle feature, rate {config.rates[-1]:g}"
@@ -379,27 +373,18 @@ def main(config: Config) -> None:
     train.result.print_metrics(finished)
     return
   task = load(config)
-  runs: dict[tuple[str, float], list[Run]] = {}
-  for kind in config.scalings:
-    made = learner(config, network(config, task, kind))
-    for rate in config.rates:
-      runs[kind, rate] = [
-        run(config, task, made, kind, rate, seed, config.steps) for seed in range(config.seeds)
-      ]  # fmt: skip
-      loss, unsteady = (np.mean([getattr(one, x) for one in runs[kind, rate]]) for x in ("val", "unsteadiness"))
-      rich.print(f"{kind}, rate {rate:g}: validation loss {loss:.4f}, unsteadiness {unsteady:.2f} %")
-  best = {
-    kind: min(config.rates, key=lambda rate, kind=kind: np.mean([one.val for one in runs[kind, rate]]))
-    for kind in config.scalings
-  }
+  runs: dict[str, Runs] = {}
   metrics: dict[str, Any] = {}
-  highest = config.rates[-1]
   for kind in config.scalings:
-    metrics[f"{kind}: test loss at its best rate"] = [one.test for one in runs[kind, best[kind]]]
-    metrics[f"{kind}: best rate"] = best[kind]
-    metrics[f"{kind}: test loss at rate {highest:g}"] = [one.test for one in runs[kind, highest]]
-    for rate in config.rates:
-      metrics[f"{kind}: unsteadiness at rate {rate:g} (%)"] = [one.unsteadiness for one in runs[kind, rate]]
+    some = runs[kind] = run(config, task, learner(config, network(config, task, kind)), kind)
+    metrics[f"{kind}: test loss at its best rate"] = some.test[some.best]
+    metrics[f"{kind}: best rate"] = config.rates[some.best]
+    for rate, test, unsteady in zip(config.rates, some.test, some.unsteadiness, strict=True):
+      metrics[f"{kind}: test loss at rate {rate:g}"] = test
+      metrics[f"{kind}: unsteadiness at rate {rate:g} (%)"] = unsteady
+    rich.print(
+      f"{kind}: validation loss {some.val.mean(1).round(4)}, unsteadiness {some.unsteadiness.mean(1).round(2)}"
+    )
 
   law = norm_law(config)
   for kind, (measured, predicted) in law.items():
@@ -409,22 +394,19 @@ def main(config: Config) -> None:
   rows = {"images": task.test}
   distances = {"images that it was trained on": frechet(task.train[:count], task.test[:count], task.train)}
   for kind in config.sampled:
+    some = runs[kind]
+    state = jax.tree.map(lambda x, first=some.best * config.seeds: x[first], some.state)
     model = network(config, task, kind)
-    long = run(
-      config, task, learner(config, model, config.sample_training), f"{kind}-long", best[kind], 0,
-      config.sample_training,
-    )  # fmt: skip
-    metrics[f"{kind}: test loss after {config.sample_training} steps"] = long.test
-    for sampler, pictures in draw_samples(
-      config, model.apply, training.variables(long.state), task.train.shape[1:]
-    ).items():
+    drawn = draw_samples(config, model.apply, training.variables(state), task.train.shape[1:])
+    for sampler, pictures in drawn.items():
       rows[f"{kind}: {sampler}"] = pictures
       distances[f"{kind}, {sampler}"] = frechet(pictures[:count], task.test[:count], task.train)
   metrics |= {f"Fréchet distance in {FEATURES} components, {name}": value for name, value in distances.items()}
 
-  means = {kind: np.mean([one.test for one in runs[kind, best[kind]]]) for kind in config.scalings}
-  steadiness = {kind: np.mean([one.unsteadiness for one in runs[kind, highest]]) for kind in config.scalings}
-  words = [f"{kind} {means[kind]:.4f} and {steadiness[kind]:.2f} %" for kind in config.scalings]
+  highest = config.rates[-1]
+  words = [
+    f"{kind} {some.test[some.best].mean():.4f} and {some.unsteadiness[-1].mean():.2f} %" for kind, some in runs.items()
+  ]
   train.write_result(
     folder,
     system="scalelong",
