@@ -52,9 +52,9 @@ def test_runs_end_to_end(tmp_path, monkeypatch):
   )
   monkeypatch.setattr(experiment, "NETWORKS", ("MANIQA",))
   monkeypatch.setattr(experiment.jax, "device_count", lambda: 1)
-  tiny = {"image_size": 16, "width": 8, "num_heads": 1, "taps": (0,), "mlp_width": 8, "num_tab": 1, "depths": (1,)}
+  tiny = {"image_size": 16, "width": 8, "num_heads": 1, "taps": (0,), "num_tab": 0, "depths": (), "stage_heads": ()}
   whole = experiment.maniqa.base
-  monkeypatch.setattr(experiment.maniqa, "base", lambda **o: whole(**o | tiny | {"stage_heads": (1,), "window": 2}))
+  monkeypatch.setattr(experiment.maniqa, "base", lambda **options: whole(**options | tiny))
   config = experiment.Config(
     side=32, size=16, steps=12, batch_size=8, crops=2, learning_rates=(1e-3,), workdir=tmp_path
   )
