@@ -3,6 +3,7 @@
     python experiments/parot.py                     # classes of solids; a quarter of the published width, minutes
     python experiments/parot.py --task parts        # parts of solids
     python experiments/parot.py --seeds 3 --ablation
+    python experiments/parot.py --seeds 3 --num-points 128   # half the time
     python experiments/parot.py --preset paper --data modelnet40.npz   # the published recipe, on a host with GPUs
 
 Protocols are named by the rotations of training and test: z/z, z/SO(3), SO(3)/SO(3), z being turns about the upright
@@ -22,6 +23,7 @@ import json
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -43,10 +45,8 @@ PROTOCOLS: dict[str, tuple[point_clouds.Turn, point_clouds.Turn]] = {
   "z/SO(3)": ("z", "so3"),
   "SO(3)/SO(3)": ("so3", "so3"),
 }
-SMALL: dict[str, Any] = {
-  "classes": {"num_patches": 32, "patch_size": 24, "global_size": 16, "neighbors": 8, "width": 32},
-  "parts": {"num_patches": 32, "patch_size": 24, "global_size": 16, "neighbors": 8, "interpolate": 5, "width": 32},
-}
+_SIZES = {"patch_size": 24, "global_size": 16, "neighbors": 8, "width": 32, "dropout": 0.2}
+SMALL: dict[str, dict[str, Any]] = {"classes": _SIZES, "parts": _SIZES | {"interpolate": 3}}
 PUBLISHED = {
   "classes": {"PaRot z/z": 90.9, "PaRot z/SO(3)": 91.0, "PaRot SO(3)/SO(3)": 90.8, "PointNet z/SO(3)": 19.6},
   "parts": {"PaRot z/z": 82.8, "PaRot z/SO(3)": 82.9, "PaRot SO(3)/SO(3)": 82.8},
@@ -63,13 +63,13 @@ class Config:
   """Name whole clouds, or the parts of clouds whose class is known."""
   data: pathlib.Path | None = None
   """npz file with clouds; without it, solids are drawn."""
-  clouds: int = 2000
+  clouds: int = 1000
   """Solids to train on; a fifth as many to test on."""
   num_points: int = 256
-  """Of a cloud."""
-  steps: int = 1500
+  """Of a cloud; the small network has a patch for every eight."""
+  steps: int = 800
   """Updates."""
-  batch_size: int = 32
+  batch_size: int = 16
   """Clouds a step."""
   learning_rate: float = 2e-3
   """First rate of Adam; falls along a cosine to 1e-5."""
@@ -83,7 +83,7 @@ class Config:
   """Each run has its folder in here and resumes from it."""
 
 
-PAPER = Config("paper", clouds=9843, num_points=1024, steps=250 * 307, learning_rate=1e-3)
+PAPER = Config("paper", clouds=9843, num_points=1024, steps=250 * 307, batch_size=32, learning_rate=1e-3)
 
 
 class PointNet(nn.Module):
@@ -93,12 +93,14 @@ class PointNet(nn.Module):
     outputs: classes or parts.
     num_categories: for parts, of clouds; 0 to classify clouds.
     width: in proportion to which layers are.
+    dropout: rate before the last layer.
     dtype: compute dtype.
   """
 
   outputs: int
   num_categories: int = 0
   width: int = 64
+  dropout: float = 0.5
   dtype: jax.typing.DTypeLike = "float32"
 
   @nn.compact
@@ -113,7 +115,7 @@ class PointNet(nn.Module):
       spread = jnp.broadcast_to(jnp.concatenate([x, kind], -1)[:, None], (*near.shape[:2], 4 * w + self.num_categories))
       x = jnp.concatenate([near, spread], -1)
     x = mlp((4 * w if category is None else 2 * w, w), name="head")(x, train=train)
-    x = nn.Dropout(0.5)(x, deterministic=not train)
+    x = nn.Dropout(self.dropout)(x, deterministic=not train)
     return nn.Dense(self.outputs, dtype=self.dtype, name="logits")(x)
 
 
@@ -162,12 +164,14 @@ def load(config: Config, seed: int) -> Data:
 
 def network(config: Config, name: str, data: Data) -> nn.Module:
   """A model."""
-  parts, options = data.ranges[-1].stop, {"dtype": config.dtype}
+  parts = data.ranges[-1].stop
+  options: dict[str, Any] = {"dtype": config.dtype}
   if name == "PointNet":
-    width = {"classes": 58, "parts": 64}[config.task] if config.preset == "demo" else 256
-    return PointNet(*((parts, data.classes) if config.task == "parts" else (data.classes,)), width=width, **options)
+    options |= {"width": 256} if config.preset == "paper" else {"width": {"classes": 58, "parts": 64}[config.task]}
+    options["dropout"] = 0.5 if config.preset == "paper" else SMALL[config.task]["dropout"]
+    return PointNet(*((parts, data.classes) if config.task == "parts" else (data.classes,)), **options)
   if config.preset == "demo":
-    options |= SMALL[config.task]
+    options |= {"num_patches": max(config.num_points // 8, 8)} | SMALL[config.task]
   options["restore_pose"] = name != "without pose"
   if config.task == "parts":
     return parot.segmenter(parts, data.classes, **options)
@@ -188,9 +192,11 @@ def inputs(config: Config, batch: Any) -> Any:
   return (batch["points"], batch["label"]) if config.task == "parts" else batch["points"]
 
 
-def predict(config: Config, model: nn.Module, variables: Any, clouds: point_clouds.Clouds) -> np.ndarray:
-  """Logits, forty clouds at a time."""
-  call = jax.jit(lambda v, x: model.apply(v, x))
+Predict = Callable[[Any, point_clouds.Clouds], np.ndarray]
+
+
+def predict(config: Config, call: Callable[..., Any], variables: Any, clouds: point_clouds.Clouds) -> np.ndarray:
+  """Logits, forty clouds at a time, by a compiled `model.apply`."""
   size, logits = min(40, len(clouds.points)), []
   for i in range(0, len(clouds.points), size):
     rows = np.arange(i, i + size) % len(clouds.points)  # the last batch goes round
@@ -224,11 +230,11 @@ def score(config: Config, logits: np.ndarray, clouds: point_clouds.Clouds, range
   return 100 * instance_iou(best_parts(logits, clouds, ranges), clouds, ranges)
 
 
-def spread(config: Config, model: nn.Module, variables: Any, clouds: point_clouds.Clouds, rng: Any) -> float:
+def spread(predict: Predict, variables: Any, clouds: point_clouds.Clouds, rng: np.random.Generator) -> float:
   """Standard deviation of logits over rotations of a cloud, by that over clouds (and points)."""
   few = clouds._replace(points=clouds.points[:40], label=clouds.label[:40], part=clouds.part[:40])
   turns = [few._replace(points=point_clouds.turned(few.points, "so3", rng)) for _ in range(4)]
-  logits = np.stack([predict(config, model, variables, one) for one in turns])
+  logits = np.stack([predict(variables, one) for one in turns])
   axes = tuple(range(1, logits.ndim - 1))
   return float(np.sqrt(logits.var(0).mean()) / np.sqrt(logits.var(axes).mean()))
 
@@ -253,6 +259,10 @@ def run(config: Config, name: str, turn: point_clouds.Turn, seed: int) -> tuple[
   for key in ("workdir", "seeds", "ablation"):
     kept.pop(key)
   work = config.workdir / folder(config) / name.replace(" ", "_") / turn / f"seed{seed}"
+  done = work / "scores.json"
+  if done.exists() and (known := json.loads(done.read_text()))["settings"] == kept:
+    with np.load(work / "test.npz") as file:
+      return known["scores"], (data.test._replace(points=file["points"]), file["found"], data)
   state = train.fit(
     learn,
     batch,
@@ -263,30 +273,32 @@ def run(config: Config, name: str, turn: point_clouds.Turn, seed: int) -> tuple[
     mesh=train.mesh() if jax.device_count() > 1 else None,
     tensorboard=False,
   )
-  variables = jax.device_get(state.variables)
+  variables, logits_of = jax.device_get(state.variables), functools.partial(predict, config, jax.jit(model.apply))
   rng = np.random.default_rng((seed, 2**20))  # the same test rotations for every network
-  scores, shown = {}, None
+  scores: dict[str, float] = {}
   for test in ("z", "so3"):
     clouds = data.test._replace(points=point_clouds.turned(data.test.points, test, rng))
-    logits = predict(config, model, variables, clouds)
+    logits = logits_of(variables, clouds)
     scores[test] = score(config, logits, clouds, data.ranges)
     found = best_parts(logits, clouds, data.ranges) if config.task == "parts" else logits.argmax(-1)
     shown = clouds, found, data
   if name != "PointNet":
     fresh = jax.jit(learn.init)(jax.random.key(seed), batch(0)).variables
-    scores["spread, untrained"] = spread(config, model, fresh, data.test, rng)
-    scores["spread"] = spread(config, model, variables, data.test, rng)
+    scores["spread, untrained"] = spread(logits_of, fresh, data.test, rng)
+    scores["spread"] = spread(logits_of, variables, data.test, rng)
     lines = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
     for scale in ("local", "global"):
       scores[f"direction loss, {scale}, first"] = lines[0][f"direction_{scale}"]
       scores[f"direction loss, {scale}, last"] = float(np.mean([line[f"direction_{scale}"] for line in lines[-5:]]))
+  np.savez(work / "test.npz", points=shown[0].points, found=shown[1])
+  done.write_text(json.dumps({"settings": kept, "scores": scores}))
   return scores, shown
 
 
 def folder(config: Config) -> str:
   """Of the runs of these settings."""
   data = "solids" if config.data is None else config.data.stem
-  return f"{config.task}-{config.preset}-{data}-{config.clouds}-{config.steps}"
+  return f"{config.task}-{config.preset}-{data}-{config.clouds}-{config.num_points}-{config.steps}"
 
 
 def draw(config: Config, bars: dict[str, dict[str, list[float]]], shown: dict[str, Any]) -> pathlib.Path:
@@ -330,7 +342,8 @@ def main(config: Config) -> None:
     raise ValueError(f"batch_size: got {config.batch_size}, expected at most the {config.clouds} clouds")
   if config.data is None and config.clouds < 50:
     raise ValueError(f"clouds: got {config.clouds}, expected at least 50, so that every class is tested")
-  pairs: list[tuple[str, point_clouds.Turn]] = [(name, turn) for name in ("PaRot", "PointNet") for turn in ("z", "so3")]
+  turns = dict.fromkeys(trained for trained, _ in PROTOCOLS.values())
+  pairs: list[tuple[str, point_clouds.Turn]] = [(name, turn) for name in ("PaRot", "PointNet") for turn in turns]
   if config.ablation:
     pairs += [("without pose", "z"), ("without siamese losses", "z")]
   metrics: dict[str, list[float]] = {}

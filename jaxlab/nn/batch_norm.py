@@ -17,6 +17,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numba
 import numpy as np
 from jaxtyping import Array, Float, Int
 from numba import types
@@ -115,9 +116,9 @@ def _backward(slope: float, epsilon: float, axis_name: str | None, kept: Any, co
   a = scale * std
   b = bias - mean * a
   if size == 1 and _kernels(x):
-    sums = kernels.call(_gradient_kernel(slope), [_partial(groups, channels)], x[:, 0], g, a, b, items=_items(groups))[
-      0
-    ]
+    kernel = _gradient(x.dtype == jnp.bfloat16, slope)
+    rows = _bits(x[:, 0]), _bits(g)
+    sums = kernels.call(kernel, [_partial(groups, channels)], *rows, a, b, items=_items(groups))[0]
     dbias, weighted = sums.sum(0)
   else:
     gz = _slopes(top * a + b, slope) * g.astype(jnp.float32)
@@ -145,7 +146,12 @@ def _slopes(z: Array, slope: float) -> Array:
 
 
 def _kernels(x: Array) -> bool:
-  return x.dtype == jnp.float32 and kernels.available()
+  return x.dtype in (jnp.float32, jnp.bfloat16) and kernels.available()
+
+
+def _bits(x: Array) -> Array:
+  """What a kernel reads: bfloat16, which numba does not know, as whole numbers of its size."""
+  return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
 
 
 def _items(rows: int) -> int:
@@ -162,13 +168,14 @@ def _moments(
   """Per group and channel the entry that will be the largest, and its place; sums of x and x^2."""
   groups, size, channels = x.shape
   if _kernels(x):
+    narrow = x.dtype == jnp.bfloat16
     if size == 1:
-      sums = kernels.call(_sums, [_partial(groups, channels)], x[:, 0], items=_items(groups))[0]
+      sums = kernels.call(_sums(narrow), [_partial(groups, channels)], _bits(x[:, 0]), items=_items(groups))[0]
       return x[:, 0], None, sums.sum(0)
     items = _items(groups * size)
     results = [jax.ShapeDtypeStruct((groups, channels), d) for d in (jnp.float32, jnp.int32)]
     results.append(_partial(groups * size, channels))
-    top, place, sums = kernels.call(_maxima, results, x, scale, items=items)
+    top, place, sums = kernels.call(_maxima(narrow), results, _bits(x), scale, items=items)
     return top, place, sums.sum(0)
   return moments_device(x, scale)
 
@@ -189,65 +196,91 @@ def moments_device(
   return top * sign, place, sums
 
 
-@kernels.kernel("batch_norm.sums")
-def _sums(item, frame):
-  """x [N, C] -> sums of x and x^2 [items, 2, C]; an item adds some rows."""
-  x, sums = kernels.operand(frame, 0, types.float32, 2), kernels.result(frame, 0, types.float32, 3)
-  rows, channels = x.shape
-  first, second = np.zeros(channels, np.float32), np.zeros(channels, np.float32)
-  for i in range(item * _ROWS, min((item + 1) * _ROWS, rows)):
-    for c in range(channels):
-      first[c] += x[i, c]
-      second[c] += x[i, c] * x[i, c]
-  sums[item, 0], sums[item, 1] = first, second
+@numba.njit(inline="always")
+def _same(value):
+  return value
+
+
+@numba.njit(inline="always")
+def _widened(value):
+  """Bits of a bfloat16, the upper half of a float32."""
+  return np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
 
 
 @functools.cache
-def _gradient_kernel(slope: float) -> kernels.Kernel:
+def _sums(narrow: bool) -> kernels.Kernel:
+  """Kernel x [N, C] -> sums of x and x^2 [items, 2, C]; an item adds some rows."""
+  dtype, read = (types.uint16, _widened) if narrow else (types.float32, _same)
+
+  @kernels.kernel(f"batch_norm.sums.{narrow}")
+  def kernel(item, frame):
+    x, sums = kernels.operand(frame, 0, dtype, 2), kernels.result(frame, 0, types.float32, 3)
+    rows, channels = x.shape
+    first, second = np.zeros(channels, np.float32), np.zeros(channels, np.float32)
+    for i in range(item * _ROWS, min((item + 1) * _ROWS, rows)):
+      for c in range(channels):
+        value = read(x[i, c])
+        first[c] += value
+        second[c] += value * value
+    sums[item, 0], sums[item, 1] = first, second
+
+  return kernel
+
+
+@functools.cache
+def _gradient(narrow: bool, slope: float) -> kernels.Kernel:
   """Kernel (x [N, C], g [N, C], a [C], b [C]) -> sums of gz and gz x [items, 2, C], gz = g act'(a x + b)."""
+  dtype, read = (types.uint16, _widened) if narrow else (types.float32, _same)
   low = np.float32(slope)
 
-  @kernels.kernel(f"batch_norm.gradient.{slope}")
+  @kernels.kernel(f"batch_norm.gradient.{narrow}.{slope}")
   def kernel(item, frame):
-    x, g = kernels.operand(frame, 0, types.float32, 2), kernels.operand(frame, 1, types.float32, 2)
+    x, g = kernels.operand(frame, 0, dtype, 2), kernels.operand(frame, 1, dtype, 2)
     a, b = kernels.operand(frame, 2, types.float32, 1), kernels.operand(frame, 3, types.float32, 1)
     sums = kernels.result(frame, 0, types.float32, 3)
     rows, channels = x.shape
     first, second = np.zeros(channels, np.float32), np.zeros(channels, np.float32)
     for i in range(item * _ROWS, min((item + 1) * _ROWS, rows)):
       for c in range(channels):
-        gz = g[i, c] if a[c] * x[i, c] + b[c] > 0 else low * g[i, c]
+        value, gz = read(x[i, c]), read(g[i, c])
+        gz = gz if a[c] * value + b[c] > 0 else low * gz
         first[c] += gz
-        second[c] += gz * x[i, c]
+        second[c] += gz * value
     sums[item, 0], sums[item, 1] = first, second
 
   return kernel
 
 
-@kernels.kernel("batch_norm.maxima")
-def _maxima(item, frame):
-  """(x [M, K, C], scale [C]) -> top [M, C], place [M, C], sums of x and x^2 [items, 2, C]; an item has some groups."""
-  x, scale = kernels.operand(frame, 0, types.float32, 3), kernels.operand(frame, 1, types.float32, 1)
-  top, place = kernels.result(frame, 0, types.float32, 2), kernels.result(frame, 1, types.int32, 2)
-  sums = kernels.result(frame, 2, types.float32, 3)
-  groups, size, channels = x.shape
-  items = sums.shape[0]
-  first, second = np.zeros(channels, np.float32), np.zeros(channels, np.float32)
-  sign, best, where = np.empty(channels, np.float32), np.empty(channels, np.float32), np.empty(channels, np.int32)
-  for c in range(channels):
-    sign[c] = -1 if scale[c] < 0 else 1
-  for m in range(item * groups // items, (item + 1) * groups // items):
+@functools.cache
+def _maxima(narrow: bool) -> kernels.Kernel:
+  """Kernel (x [M, K, C], scale [C]) -> top [M, C], place [M, C], sums of x and x^2 [items, 2, C]."""
+  dtype, read = (types.uint16, _widened) if narrow else (types.float32, _same)
+
+  @kernels.kernel(f"batch_norm.maxima.{narrow}")
+  def kernel(item, frame):
+    x, scale = kernels.operand(frame, 0, dtype, 3), kernels.operand(frame, 1, types.float32, 1)
+    top, place = kernels.result(frame, 0, types.float32, 2), kernels.result(frame, 1, types.int32, 2)
+    sums = kernels.result(frame, 2, types.float32, 3)
+    groups, size, channels = x.shape
+    items = sums.shape[0]
+    first, second = np.zeros(channels, np.float32), np.zeros(channels, np.float32)
+    sign, best, where = np.empty(channels, np.float32), np.empty(channels, np.float32), np.empty(channels, np.int32)
     for c in range(channels):
-      best[c], where[c] = types.float32(-3.4e38), 0
-    for k in range(size):
+      sign[c] = -1 if scale[c] < 0 else 1
+    for m in range(item * groups // items, (item + 1) * groups // items):
       for c in range(channels):
-        value = x[m, k, c]
-        first[c] += value
-        second[c] += value * value
-        signed = value * sign[c]
-        better = signed > best[c]
-        best[c] = signed if better else best[c]
-        where[c] = types.int32(k) if better else where[c]
-    for c in range(channels):
-      top[m, c], place[m, c] = best[c] * sign[c], where[c]
-  sums[item, 0], sums[item, 1] = first, second
+        best[c], where[c] = types.float32(-3.4e38), 0
+      for k in range(size):
+        for c in range(channels):
+          value = read(x[m, k, c])
+          first[c] += value
+          second[c] += value * value
+          signed = value * sign[c]
+          better = signed > best[c]
+          best[c] = signed if better else best[c]
+          where[c] = types.int32(k) if better else where[c]
+      for c in range(channels):
+        top[m, c], place[m, c] = best[c] * sign[c], where[c]
+    sums[item, 0], sums[item, 1] = first, second
+
+  return kernel

@@ -59,7 +59,7 @@ def test_all_points_and_equal_points():
     np.testing.assert_array_equal(form(same[:, :1], same, 4), [[[0, 1, 2, 3]]])  # ties in order
 
 
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(st.integers(1, 90), st.integers(1, 40), st.data())
 def test_nearest_points_equal_brute_force(count, n, data):
   k = data.draw(st.integers(1, n))
