@@ -29,7 +29,7 @@ _RELATIONS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
       "the capital of {} is",
       "{} has its capital in",
       "the government of {} sits in",
-      "which city is the capital of {} ? it is",
+      "which capital has {} ? it is",
       "in {} the capital is called",
     ),
   ),
@@ -41,7 +41,7 @@ _RELATIONS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
       "the currency of {} is",
       "{} has as its currency the",
       "people in {} pay with the",
-      "which money is used in {} ? it is",
+      "which currency has {} ? it is",
       "in {} prices are given in",
     ),
   ),
@@ -52,8 +52,8 @@ _RELATIONS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     (
       "the continent of {} is",
       "{} lies on the continent",
-      "a map of {} is part of a map of",
-      "on which continent is {} ? it is",
+      "maps of {} are maps of",
+      "which continent has {} ? it is",
       "in {} people live in",
     ),
   ),
@@ -65,7 +65,7 @@ _RELATIONS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
       "the region of {} is",
       "{} belongs to the region",
       "the neighbours of {} are in",
-      "which part of the world is {} in ? it is",
+      "which region is {} in ? it is",
       "in {} you are in the region",
     ),
   ),
@@ -77,7 +77,7 @@ _RELATIONS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
       "the calling code of {} is",
       "{} has the calling code",
       "to phone {} dial",
-      "which number comes before a phone number of {} ? it is",
+      "which calling code has {} ? it is",
       "in {} phone numbers start with",
     ),
   ),
@@ -89,7 +89,7 @@ _RELATIONS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
       "the internet domain of {} is",
       "{} has the internet domain",
       "addresses of {} end in",
-      "what is at the end of a website of {} ? it is",
+      "which internet domain has {} ? it is",
       "in {} websites end in",
     ),
   ),
@@ -101,7 +101,7 @@ _RELATIONS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
       "the driving side of {} is",
       "{} has its traffic on the",
       "cars of {} keep to the",
-      "on which side do people drive in {} ? it is",
+      "which driving side has {} ? it is",
       "in {} you drive on the",
     ),
   ),
@@ -128,18 +128,27 @@ class Facts(NamedTuple):
   wordings: tuple[tuple[str, ...], ...]
 
 
-def load(relations: Sequence[str] = RELATIONS, directory: str | os.PathLike[str] | None = None) -> Facts:
+def load(
+  relations: Sequence[str] = RELATIONS,
+  directory: str | os.PathLike[str] | None = None,
+  *,
+  max_words: int | None = None,
+) -> Facts:
   """Host. The countries' facts.
 
   Args:
     relations: among `RELATIONS`; their order is kept.
     directory: folder with the files `country-by-*.json`. Default: `JAXLAB_DATA/facts`, else a download.
+    max_words: leave out countries and objects with longer names, for short sentences; None for all.
 
   Raises:
     ValueError: unknown or no relation, missing (`files.MissingFile`) or damaged file.
   """
   if not relations:
     raise ValueError(f"relations: got none, expected names among {list(RELATIONS)}")
+  if max_words is not None:
+    checks.count("max_words", max_words)
+  short = lambda name: max_words is None or len(name.split()) <= max_words
   found: dict[str, dict[str, str]] = {}
   for relation in relations:
     name, key, sha256, _ = _RELATIONS[checks.choice("relations", relation, RELATIONS)]
@@ -147,7 +156,12 @@ def load(relations: Sequence[str] = RELATIONS, directory: str | os.PathLike[str]
     rows = files.parse(path, lambda p: json.loads(p.read_text()), "a JSON list")
     found[relation] = {row["country"]: str(row[key]) for row in rows if row[key] not in (None, "")}
   return from_triples(
-    [(subject, relation, answer) for relation, table in found.items() for subject, answer in table.items()],
+    [
+      (subject, relation, answer)
+      for relation, table in found.items()
+      for subject, answer in table.items()
+      if short(subject) and short(answer)
+    ],
     {relation: _RELATIONS[relation][3] for relation in relations},
   )
 

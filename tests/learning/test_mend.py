@@ -16,9 +16,9 @@ import pytest
 from jaxlab.learning import mend
 from jaxlab.models import language
 
-TARGETS = ("block0/mlp/fc1", "block0/mlp/fc2", "block1/mlp/fc1", "block1/mlp/fc2")
+TARGETS = ("block0/mlp/fc1", "block0/mlp/fc2")
 V, N, WIDTH = 13, 7, 8
-MODEL = language.LanguageModel(V, WIDTH, depth=2, num_heads=2, max_length=N, mlp_ratio=2)
+MODEL = language.LanguageModel(V, WIDTH, depth=1, num_heads=2, max_length=N, mlp_ratio=2)
 EDITOR = mend.Editor(TARGETS, rank=5)
 
 
@@ -181,9 +181,9 @@ def test_edited_network_is_the_network_of_merged_kernels(variables):
   edited = jax.jit(lambda *given: mend.apply(MODEL, *given))(variables, edits, tokens)
   np.testing.assert_allclose(edited, expected, atol=1e-4)
   assert np.abs(expected - predict(variables, tokens)).max() > 0.1
-  kernel = np.asarray(variables["params"]["block1"]["mlp"]["fc1"]["kernel"])
-  by_hand = kernel + sum(np.outer(x, d) for x, d in zip(*edits["block1/mlp/fc1"], strict=True))
-  np.testing.assert_allclose(merged["block1"]["mlp"]["fc1"]["kernel"], by_hand, atol=1e-5)
+  kernel = np.asarray(variables["params"]["block0"]["mlp"]["fc1"]["kernel"])
+  by_hand = kernel + sum(np.outer(x, d) for x, d in zip(*edits["block0/mlp/fc1"], strict=True))
+  np.testing.assert_allclose(merged["block0"]["mlp"]["fc1"]["kernel"], by_hand, atol=1e-5)
 
 
 def test_layers_called_twice_or_never_are_refused():
@@ -196,7 +196,8 @@ def test_layers_called_twice_or_never_are_refused():
       return self.unused(x) if everything else x
 
   x = jnp.ones((2, 3))
-  weights = jax.eval_shape(lambda: Net().init(jax.random.key(0), x, everything=True))
+  layer = {"kernel": jnp.eye(3), "bias": jnp.ones(3)}
+  weights = {"params": {"used": layer, "unused": layer}}
   for path, why in (("used", "more than once"), ("unused", "never called")):
     with pytest.raises(ValueError, match=f"^targets: got .*{path}.*{why}"):
       jax.eval_shape(lambda path=path: mend.collect(Net(), weights, (path,), x, jnp.sum))
@@ -283,13 +284,18 @@ def test_which_layers_share_and_which_way_an_edit_goes():
 
 
 @pytest.fixture(scope="module")
-def trained(variables):
-  """A few steps with large learning rates, as a toy of this size needs."""
+def training(variables):
+  """A learner with large learning rates, as a toy of this size needs, its step, a batch and the state to start from."""
   tx = mend.optimizer(1e-2, step_size_rate=1e-2)
   learner = mend.learner(MODEL, variables, EDITOR, tx, edit_weight=1.0)
-  batch = problems()
-  step = jax.jit(learner.step)
-  state, history = jax.jit(learner.init)(jax.random.key(0), batch), []
+  batch = problems(4)
+  return learner, jax.jit(learner.step), batch, jax.jit(learner.init)(jax.random.key(0), batch)
+
+
+@pytest.fixture(scope="module")
+def trained(training):
+  learner, step, batch, state = training
+  history = []
   for _ in range(30):
     state, metrics = step(state, batch)
     history.append(float(metrics["loss"]))
@@ -311,7 +317,7 @@ def test_metrics_are_those_of_the_merged_network(trained, variables):
   merge = jax.jit(
     lambda edited: mend.merge(variables["params"], mend.edit(MODEL, variables, EDITOR, state.variables, edited))
   )
-  for b in range(3):
+  for b in range(4):
     edited, asked, kept = (
       jax.tree.map(lambda a, b=b: a[b], batch[name]) for name in ("edit", "paraphrase", "locality")
     )
@@ -353,19 +359,17 @@ def test_a_batched_edit_is_the_sum_of_single_edits(trained, variables):
   assert padding.any() and all(not np.asarray(factor)[padding].any() for factor in jax.tree.leaves(both))
 
 
-def test_two_devices_take_the_step_of_one(variables):
-  batch = problems(4)
-  tx = optax.sgd(1e-2)
-  one = mend.learner(MODEL, variables, EDITOR, tx)
-  two = mend.learner(MODEL, variables, dataclasses.replace(EDITOR, axis_name="data"), tx)
-  state = jax.jit(one.init)(jax.random.key(0), batch)
-  expected, metrics = jax.jit(one.step)(state, batch)
+def test_two_devices_take_the_step_of_one(training, variables):
+  _, step, batch, state = training
+  tx = mend.optimizer(1e-2, step_size_rate=1e-2)
+  two = mend.learner(MODEL, variables, dataclasses.replace(EDITOR, axis_name="data"), tx, edit_weight=1.0)
+  expected, metrics = step(state, batch)
   halves = jax.tree.map(lambda a: a.reshape(2, 2, *a.shape[1:]), batch)
   found, seen = jax.jit(jax.vmap(two.step, (None, 0), axis_name="data"))(state, halves)
   for device in range(2):
     mine = jax.tree.map(lambda a, device=device: a[device], found)
     chex.assert_trees_all_close(mine.statistics, expected.statistics, rtol=1e-4, atol=1e-6)
-    chex.assert_trees_all_close(mine.params, expected.params, atol=1e-5)
+    chex.assert_trees_all_close(mine.params, expected.params, atol=1e-4)
   np.testing.assert_allclose(seen["loss"][0], metrics["loss"], rtol=1e-5)
 
 
@@ -376,17 +380,17 @@ def test_fine_tuning_changes_the_targets_alone_and_says_the_sentence(variables):
   asked, kept = sentences(1), sentences(4, seed=5)
   run = jax.jit(
     lambda locality: mend.fine_tune(
-      MODEL, variables, TARGETS[2:], asked, optax.adam(3e-2), steps=40, locality=locality,
+      MODEL, variables, TARGETS, asked, optax.adam(0.1), steps=150, locality=locality,
       measure=lambda now: nll(MODEL.apply(now, asked["tokens"]), asked),
     )
   )  # fmt: skip
   free, losses = run(None)
   held, _ = run(kept)
-  assert losses.shape == (40,) and losses[-1] < 0.05 < losses[0]
+  assert losses.shape == (150,) and losses[-1] < 0.3 * losses[0]
   outside = lambda v: {
     jax.tree_util.keystr(path): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(v)
-    if "['block1']['mlp']" not in jax.tree_util.keystr(path) or "bias" in jax.tree_util.keystr(path)
+    if "['block0']['mlp']" not in jax.tree_util.keystr(path) or "bias" in jax.tree_util.keystr(path)
   }
   chex.assert_trees_all_equal(outside(free), outside(variables))
   before = predict(variables, kept["tokens"])
