@@ -1,6 +1,6 @@
 """Are a network's interactions sparser in the local interaction basis than between its principal components?
 
-    python experiments/local_interaction_basis.py                                  # addition mod 43, trained here
+    python experiments/local_interaction_basis.py                                  # addition mod 31, trained here
     python experiments/local_interaction_basis.py --network mlp                    # or cnn, on digits
     python experiments/local_interaction_basis.py --network blocks                 # modules that are known beforehand
     python experiments/local_interaction_basis.py --network modular_addition --weights official
@@ -53,15 +53,15 @@ class Config:
   """Of mlp and cnn; both ship with a package."""
   seeds: int = 3
   """Networks."""
-  modulus: int = 43
+  modulus: int = 31
   """Of the addition."""
   features: int = 64
   """Of the transformer's residual stream; a perceptron's hidden layer has half as many neurons, an image 8 channels."""
-  share: float = 0.6
+  share: float = 0.7
   """Of all pairs of numbers, to train on."""
   learning_rate: float = 0.002
   """Of AdamW with weight decay 1, for the transformer; others have Adam with 0.001."""
-  steps: int = 4000
+  steps: int = 3000
   """On all training pairs, for the transformer."""
   epochs: int = 30
   """In batches of 64, for mlp and cnn."""
@@ -336,6 +336,7 @@ def draw(config: Config, problem: Problem, metrics: list[dict[str, Any]], path: 
   """The graphs of the first network, and accuracy against features kept for all."""
   names, palette = LAYERS[config.network], train.figures.COLORS
   curves = config.network != "blocks"
+  order: list[int] = []
   figure, axes = train.figures.subplots(1, 2 + curves, width=4.6, height=5.5)
   for panel, title in zip(axes[0], METHODS, strict=False):
     graph = explain(config, problem, title)
@@ -348,7 +349,8 @@ def draw(config: Config, problem: Problem, metrics: list[dict[str, Any]], path: 
     if config.network == "modular_addition":
       tags = frequencies(problem, graph, config.modulus)
       shown = np.concatenate([t[1 : config.drawn + 1] for t in tags[:-1]])
-      order = [int(k) for k in np.argsort(-np.bincount(shown))[: len(palette) - 1]]
+      # The same colours in both graphs.
+      order = order or [int(k) for k in np.argsort(-np.bincount(shown))[: len(palette) - 1]]
       colors = [[palette[order.index(k)] if k in order else "#aaaaaa" for k in t] for t in tags]
       for k in sorted(k for k in order if k in shown):
         panel.scatter([], [], color=palette[order.index(k)], label=f"{k}", s=18)
@@ -367,9 +369,7 @@ def draw(config: Config, problem: Problem, metrics: list[dict[str, Any]], path: 
         width = runs[0][0]
         values = 100 * np.mean([r[1] for r in runs], 0)
         panel.plot(width[1:], values[1:], style, color=palette[layer], label=f"{name}, {title}", lw=1.2)
-    panel.set(
-      xscale="log", xlabel="features kept", ylabel="test accuracy (%)", title=f"mean of {len(metrics)} networks"
-    )
+    panel.set(xscale="log", xlabel="features kept", ylabel="test accuracy (%)", title=f"mean over {len(metrics)} seeds")
     panel.legend(fontsize=7)
   train.figures.save(figure, path)
 
