@@ -105,7 +105,7 @@ class Config:
   """Of the images; CamVid's own is 480."""
   crop: tuple[int, int] = (128, 160)
   """Height and width of what is trained on, multiples of 32."""
-  steps: int = 200
+  steps: int = 400
   """Updates."""
   batch_size: int = 8
   """Crops a step."""
@@ -276,7 +276,9 @@ def draw(
   axes[1, 0].imshow(np.concatenate([np.concatenate(list(column), 1) for column in columns]))
   axes[1, 0].set_title("from above: image, truth, " + ", ".join(names), fontsize=8)
   axes[1, 0].set_axis_off()
-  figure.set_size_inches(9, 4 + 9 * len(columns) * test.label.shape[1] / (4 * test.label.shape[2]))
+  tall = 8 / 4 * len(columns) * test.label.shape[1] / test.label.shape[2]  # inches of the pictures, four to 8 inches
+  axes[0, 0].get_gridspec().set_height_ratios([3, tall])
+  figure.set_size_inches(8, 3.5 + tall)
   return figures.save(figure, folder(config) / "comparison.png")
 
 
