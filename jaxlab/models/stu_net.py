@@ -35,7 +35,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jaxlab import interop, train
 from jaxlab.nn.module import precision
-from jaxlab.nn.volume import Conv3D, InstanceNorm
+from jaxlab.nn.volume import Conv3D, InstanceNorm, fan_in_normal
 
 Triple = tuple[int, int, int]
 SLOPE = 0.01  # of LeakyReLU below zero
@@ -43,7 +43,7 @@ HALVES: tuple[Triple, ...] = ((2, 2, 2),) * 5
 # The published variants: w and n.
 VARIANTS = {"S": (16, 1), "B": (32, 1), "L": (64, 2), "H": (96, 3)}
 
-_he_init = nn.initializers.variance_scaling(2 / (1 + SLOPE**2), "fan_in", "normal")
+_he_init = fan_in_normal(2 / (1 + SLOPE**2))
 
 
 class ResidualBlock(nn.Module):
@@ -266,11 +266,11 @@ def soft_dice(
   _check_labels(logits, labels)
   if logits.shape[-1] < 2:
     raise ValueError(f"logits: got {logits.shape[-1]} classes, expected a background and at least one other")
-  p = jax.nn.softmax(logits.astype(jnp.float32))
-  truth = jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.float32)
+  p = jnp.exp(jax.nn.log_softmax(logits.astype(jnp.float32)))  # as the cross entropy has it: computed once for both
+  truth = labels[..., None] == jnp.arange(logits.shape[-1])
   axes = tuple(range(0 if batch_dice else 1, labels.ndim))
-  hit = (p * truth).sum(axes)[..., 1:]
-  either = (p.sum(axes) + truth.sum(axes))[..., 1:]  # 2 TP + FP + FN
+  hit = jnp.where(truth, p, 0).sum(axes)[..., 1:]
+  either = (p + truth).sum(axes)[..., 1:]  # 2 TP + FP + FN
   return jnp.mean((2 * hit + 1e-5) / (either + 1e-5 + 1e-8))
 
 
@@ -280,7 +280,8 @@ def dice_cross_entropy(
   """Mean cross entropy over voxels minus `soft_dice`, in float32. Arguments and errors are those of `soft_dice`."""
   dice = soft_dice(logits, labels, batch_dice=batch_dice)
   log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-  return -jnp.mean((log_p * jax.nn.one_hot(labels, logits.shape[-1])).sum(-1)) - dice
+  truth = labels[..., None] == jnp.arange(logits.shape[-1])
+  return -jnp.where(truth, log_p, 0).sum() / labels.size - dice
 
 
 def supervision_weights(scales: int) -> tuple[float, ...]:

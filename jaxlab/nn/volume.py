@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -166,6 +167,20 @@ def _padded(x, channels):
   return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, extra)]) if extra else x
 
 
+def fan_in_normal(gain: float = 1.0) -> jax.nn.initializers.Initializer:
+  """Normal with variance gain / (k * k * k * inputs): for 2 that of He et al., for 1 that of LeCun.
+
+  Drawn flat and then shaped, which gives the same numbers: XLA's CPU backend compiles random arrays of five axes ten
+  times as long.
+  """
+
+  def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32, out_sharding: Any = None) -> Array:
+    flat = jax.random.normal(key, (math.prod(shape),), dtype) * math.sqrt(gain / math.prod(shape[:-1]))
+    return flat.reshape(shape, out_sharding=out_sharding)
+
+  return init
+
+
 class Conv3D(nn.Module):
   """Convolution of volumes; parameters `kernel` [k, k, k, C, features] and `bias` [features], as `flax.linen.Conv`.
 
@@ -183,7 +198,7 @@ class Conv3D(nn.Module):
   strides: Triple = (1, 1, 1)
   dtype: jax.typing.DTypeLike = "float32"
   param_dtype: jax.typing.DTypeLike = "float32"
-  kernel_init: jax.nn.initializers.Initializer = nn.initializers.lecun_normal()
+  kernel_init: jax.nn.initializers.Initializer = fan_in_normal()
 
   @nn.compact
   def __call__(self, x: Float[Array, "b d h w c"]) -> Float[Array, "b p q r o"]:

@@ -82,6 +82,13 @@ def test_items_cover_large_and_small_volumes():
   )
 
 
+def test_initial_weights_are_normal_draws():
+  shape = (3, 3, 3, 8, 4)
+  got = volume.fan_in_normal(2.0)(jax.random.key(0), shape)
+  expected = jax.random.normal(jax.random.key(0), shape) * np.sqrt(2 / (27 * 8))
+  np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
 def test_instance_norm():
   rng = np.random.default_rng(0)
   x = (3 + 2 * rng.standard_normal((2, 3, 4, 5, 6))).astype("float32")
