@@ -45,7 +45,7 @@ SYSTEMS: tuple[System, ...] = (
   System("cvmh_unet", "models", "CVMH-UNet", "Remote Sensing Image Segmentation Using Vision Mamba and Multi-Scale Multi-Frequency Feature Fusion", "2410.05624", "done"),
   System("medusa", "models", "MEDUSA", "MEDUSA: Multi-scale Encoder-Decoder Self-Attention Deep Neural Network Architecture for Medical Image Analysis", "2110.06063"),
   System("maniqa", "models", "MANIQA", "MANIQA: Multi-dimension Attention Network for No-Reference Image Quality Assessment", "2204.08958", "done"),
-  System("stu_net", "models", "STU-Net", "STU-Net: Scalable and Transferable Medical Image Segmentation Models Empowered by Large-Scale Supervised Pre-training", "2304.06716"),
+  System("stu_net", "models", "STU-Net", "STU-Net: Scalable and Transferable Medical Image Segmentation Models Empowered by Large-Scale Supervised Pre-training", "2304.06716", "done"),
   System("varifocal_net", "models", "Varifocal-Net", "Varifocal-Net: A Chromosome Classification Approach using Deep Convolutional Networks", "1810.05943"),
   System("hmode", "models", "HMoDE", "Redesigning Multi-Scale Neural Network for Crowd Counting", "2208.02894"),
   System("rcnet", "models", "RCNet", "RCNet: Reverse Feature Pyramid and Cross-scale Shift Network for Object Detection", "2110.12130"),
