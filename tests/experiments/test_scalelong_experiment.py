@@ -40,10 +40,10 @@ def test_runs_end_to_end_and_resumes(tmp_path, monkeypatch):
   assert 0.5 < result["metrics"]["constant: test loss at its best rate"]["mean"] < 6  # of a random layer
   for name in ("comparison.png", "samples.png"):
     assert (folder / name).stat().st_size > 5_000
-  steps = (folder / "constant/metrics.jsonl").read_text()
+  steps = (folder / "constant/rate0.001/seed0/metrics.jsonl").read_text()
   (folder / "result.json").unlink()
   experiment.main(config)  # trains no further, measures the same
-  assert (folder / "constant/metrics.jsonl").read_text() == steps
+  assert (folder / "constant/rate0.001/seed0/metrics.jsonl").read_text() == steps
   assert json.loads((folder / "result.json").read_text())["metrics"] == result["metrics"]
 
 
@@ -76,11 +76,11 @@ def test_paper_preset_is_the_published_recipe():
 def test_batches_depend_on_seed_and_step_alone():
   task = experiment.load(TINY)
   assert task.train.min() == -1 and task.train.max() == 1
-  batch = experiment.batches(dataclasses.replace(TINY, rates=(1e-3, 1e-2), seeds=2), task)
-  image, rate = batch(3)["image"], batch(3)["rate"]
-  np.testing.assert_allclose(rate[:, 0], [1e-3, 1e-3, 1e-2, 1e-2])
-  np.testing.assert_array_equal(image[:2], image[2:])
-  assert not np.array_equal(image[0], image[1]) and not np.array_equal(image, batch(4)["image"])
+  first, other_rate = (experiment.batches(TINY, task, rate, 0)(3) for rate in (1e-3, 1e-2))
+  np.testing.assert_array_equal(first["image"], other_rate["image"])
+  assert other_rate["rate"][0] == np.float32(1e-2)
+  assert not np.array_equal(first["image"], experiment.batches(TINY, task, 1e-3, 1)(3)["image"])
+  assert not np.array_equal(first["image"], experiment.batches(TINY, task, 1e-3, 0)(4)["image"])
 
 
 @pytest.mark.parametrize(
