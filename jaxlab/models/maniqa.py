@@ -337,7 +337,7 @@ def weighted_mean(score: Float[Array, "b t"], logit: Float[Array, "b t"]) -> Flo
 def random_crops(
   key: Key[Array, ""], image: Float[Array, "h w c"], size: int, count: int = 20
 ) -> Float[Array, "n s s c"]:
-  """Squares at uniform places.
+  """Squares at uniform places, the last row and column of which the official code leaves out.
 
   Args:
     key: of the places.
