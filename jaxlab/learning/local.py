@@ -165,8 +165,10 @@ def learner(
     losses: list[Array] = []
     done = jnp.zeros((), jnp.float32)
     for index in range(count):
-      mine = _after(done, {name: state.params[name] for name in model.members(index)})
-      frozen = _after(done, {name: averages[name] for name in model.averaged(index)})
+      mine = {name: state.params[name] for name in model.members(index)}
+      frozen = {name: averages[name] for name in model.averaged(index)}
+      first = f"units_{model.span(index)[0]}"  # all of a module comes after it
+      mine[first] = _after(done, mine[first])
       known = {name: stats[name] for name in (*mine, *frozen) if name in stats}
 
       def objective(mine: PyTree, h: Array, index: int = index, frozen: PyTree = frozen, known: PyTree = known) -> Any:
@@ -176,14 +178,15 @@ def learner(
         return value, (h, dict(updated)["batch_stats"], metrics)
 
       (value, (h, updated, metrics)), gradient = jax.value_and_grad(objective, has_aux=True)(mine, h)
-      done = sum(leaf.ravel()[0].astype(jnp.float32) for leaf in jax.tree.leaves(gradient))
+      done = jnp.stack([leaf.ravel()[0].astype(jnp.float32) for leaf in jax.tree.leaves(gradient)]).sum()
       grads |= gradient
       seen |= updated
       losses.append(value)
 
-    metrics = {"loss": sum(losses), **metrics}
+    every = jnp.stack(losses)
+    metrics = {"loss": every.sum(), **metrics}
     if count > 1:
-      metrics["local_loss"] = sum(losses[:-1]) / (count - 1)
+      metrics["local_loss"] = every[:-1].mean()
     if axis_name is not None:
       grads, seen, metrics = jax.lax.pmean((grads, seen, metrics), axis_name)
     collections: dict[str, PyTree] = {"batch_stats": seen}
