@@ -432,7 +432,7 @@ def main(config: Config) -> None:
   path = train.write_result(
     folder,
     system="local_interaction_basis",
-    claim="Fewer edges between features of LIB than of PCA keep the accuracy, in most layers; modules come apart.",
+    claim="How many features and edges keep the accuracy, by LIB and by PCA; edges between modules that never meet.",
     dataset=data.get(config.network, f"{names[config.dataset]}, {config.network}"),
     config=record,
     metrics=metrics,
