@@ -198,11 +198,11 @@ class Disentangle(nn.Module):
     return feature, jnp.stack(directions, -2)
 
 
-class EdgeDense(nn.Module):
-  """Dense layer without bias of [f_j, f_j - f_i, h_ij], for neighbours j of i.
+class JointDense(nn.Module):
+  """Dense layer without bias of the concatenation of arrays, before it is made: [x, y] K = x K_x + y K_y.
 
-  With a block of the kernel for each part this is f_j (K1 + K2) - f_i K2 + h_ij K3, whose first two products need a row
-  a centre instead of a row a pair.
+  What many rows share (a centre's feature among its neighbours, the cloud's among its centres) is then multiplied once
+  and gathered afterwards.
   """
 
   width: int
@@ -210,15 +210,16 @@ class EdgeDense(nn.Module):
   param_dtype: jax.typing.DTypeLike = "float32"
 
   @nn.compact
-  def __call__(
-    self, feature: Float[Array, "b s c"], index: Int[Array, "b s k"], h: Float[Array, "b s k e"]
-  ) -> Float[Array, "b s k d"]:
-    """Args: features of the centres, their neighbours, and rows of the pairs. Returns rows of the pairs."""
-    c = feature.shape[-1]
-    init, shape = nn.initializers.lecun_normal(), (2 * c + h.shape[-1], self.width)
+  def __call__(self, *parts: Float[Array, "..."]) -> list[Float[Array, "..."]]:
+    """Args: arrays [..., C_i]. Returns their products with their rows of the kernel [sum C_i, width], to be added."""
+    ends = np.cumsum([x.shape[-1] for x in parts])
+    init, shape = nn.initializers.lecun_normal(), (int(ends[-1]), self.width)
     kernel = self.param("kernel", init, shape, self.param_dtype).astype(self.dtype)
-    of_neighbour, of_centre = feature @ (kernel[:c] + kernel[c : 2 * c]), feature @ kernel[c : 2 * c]
-    return gather_points(of_neighbour, index) - of_centre[:, :, None] + h @ kernel[2 * c :]
+    blocks = jnp.split(kernel, ends[:-1])
+    return [
+      (x.reshape(-1, x.shape[-1]) @ block).reshape(*x.shape[:-1], self.width)
+      for x, block in zip(parts, blocks, strict=True)
+    ]
 
 
 class Encoder(nn.Module):
@@ -251,7 +252,9 @@ class Encoder(nn.Module):
     near = gather_points(frames.reshape(*frames.shape[:2], 9), index).reshape(*index.shape, 3, 3)
     pose = self._pose(near, frames[:, :, None], offset).astype(self.dtype)
     h = MLP((c // 4,), name="neighbor_pose", **options)(pose, train=train)
-    rows = EdgeDense(c, name="neighbor_edge", **precision(self))(feature, index, h)
+    # The first layer of [f_j, f_j - f_i, h].
+    itself, difference, posed = JointDense(c, name="neighbor_edge", **precision(self))(feature, feature, h)
+    rows = gather_points(itself + difference, index) - difference[:, :, None] + posed
     aggregate = MLP((c, c), pool=True, name="neighbor_mlp", **options)
     gathered = aggregate(rows, train=train, normalize_first=True)
 
@@ -420,12 +423,12 @@ class PaRotParts(nn.Module):
     code, pose, e = _encode(self, points, train)
     points = points.astype(jnp.float32)
 
-    # Down to the centres: the first layer reads [e, l, g, h], of which e is the same for all.
+    # Down to the centres: [e, l, g, h], of which e is the same for all.
     h = MLP((c // 4,), slope=0.2, name="centre_pose", **options)(pose, train=train)
-    e = jnp.broadcast_to(e[:, None], (*h.shape[:2], e.shape[-1]))
-    x = MLP((2 * c, 2 * c), name="centre_mlp", **options)(
-      jnp.concatenate([e, code.local, code.view, h], -1), train=train
-    )
+    joint = functools.partial(JointDense, 2 * c, **precision(self))
+    whole, local, view, posed = joint(name="centre_joint")(e[:, None], code.local, code.view, h)
+    x = whole + local + view + posed
+    x = MLP((2 * c,), name="centre_mlp", **options)(x, train=train, normalize_first=True)
 
     # From centres to points.
     centres = normalize(code.centres)[0] if self.centre_quirk else code.centres
@@ -436,9 +439,9 @@ class PaRotParts(nn.Module):
     pose = jnp.concatenate([length, *seen], -1).astype(self.dtype)
     h = MLP((c // 4,), slope=0.2, name="point_pose", **options)(pose, train=train)
     kind = jax.nn.one_hot(category, self.num_categories, dtype=self.dtype)[:, None, None]
-    kind = jnp.broadcast_to(kind, (*index.shape, self.num_categories))
-    x = jnp.concatenate([gather_points(x, index), h, kind], -1)
-    x = MLP((2 * c, c, c), name="point_mlp", **options)(x, train=train).sum(2)
+    x, posed, kind = joint(name="point_joint")(x, h, kind)
+    x = gather_points(x, index) + posed + kind
+    x = MLP((c, c), name="point_mlp", **options)(x, train=train, normalize_first=True).sum(2)
     x = MLP((c, c), name="head", **options)(x, train=train)
     if train and self.dropout:
       x = dropout(self.make_rng("dropout"), x, self.dropout)
@@ -524,8 +527,8 @@ def weight_table(*, parts: bool) -> dict[str, interop.Rule]:
   """Which official tensor is which variable. Args: parts, for segmentation. Returns flax path -> rule."""
   table: dict[str, interop.Rule] = {}
 
-  def layers(path: str, pairs: Sequence[tuple[str, str]], spatial: int, first: int = 1) -> None:
-    for i, (dense, norm) in enumerate(pairs, start=first):
+  def layers(path: str, pairs: Sequence[tuple[str, str]], spatial: int) -> None:
+    for i, (dense, norm) in enumerate(pairs, start=1):
       table[f"params/{path}/dense{i}"] = interop.dense(dense, bias=False, spatial=spatial)
       table[f"params/{path}/norm{i}"] = interop.batch_norm(norm)
 
@@ -555,9 +558,12 @@ def weight_table(*, parts: bool) -> dict[str, interop.Rule]:
     return table
   down, up = "classifier.pt_fp1", "classifier.pt_fp2"
   sequence("centre_pose", f"{down}.posembed", 1, spatial=1)
-  layers("centre_mlp", [(f"{down}.backbone.Conv_{i}", f"{down}.backbone.Bn_{i}") for i in range(2)], spatial=1)
   sequence("point_pose", f"{up}.posembed", 1, spatial=2)
-  layers("point_mlp", [(f"{up}.backbone.Conv_{i}", f"{up}.backbone.Bn_{i}") for i in range(3)], spatial=2)
+  for path, name, count, spatial in (("centre", down, 2, 1), ("point", up, 3, 2)):
+    table[f"params/{path}_joint"] = interop.dense(f"{name}.backbone.Conv_0", bias=False, spatial=spatial)
+    table[f"params/{path}_mlp/norm0"] = interop.batch_norm(f"{name}.backbone.Bn_0")
+    pairs = [(f"{name}.backbone.Conv_{i}", f"{name}.backbone.Bn_{i}") for i in range(1, count)]
+    layers(f"{path}_mlp", pairs, spatial)
   layers("head", [("classifier.convex", "classifier.bnex"), ("classifier.conv1", "classifier.bn1")], spatial=1)
   table["params/logits"] = interop.dense("classifier.cls", spatial=1)
   return table

@@ -10,6 +10,7 @@ from scipy.spatial.transform import Rotation
 
 from jaxlab import interop
 from jaxlab.models import parot
+from jaxlab.nn.points import nearest_points
 
 TINY = parot.PaRot(num_classes=3, num_patches=6, patch_size=5, global_size=4, neighbors=3, width=8)
 PARTS = parot.PaRotParts(4, 2, num_patches=6, patch_size=5, global_size=4, neighbors=3, interpolate=3, width=8)
@@ -82,10 +83,11 @@ def test_parity_with_the_official_classifier():
 
   @jax.jit
   def run(variables, points):
-    seen = dict.fromkeys(("local", "world", "neighbor_pose", "neighbor_edge", "scale_pose", "encoder"))
+    seen = dict.fromkeys(("local", "world", "neighbor_pose", "scale_pose", "encoder"))
     logits = watch(lambda: model.apply(variables, points), seen)
     feature, directions = seen["local"][1]
-    index, pose = seen["neighbor_edge"][0][1][0], seen["neighbor_pose"][0][0][0]
+    centres = seen["encoder"][1].centres
+    index, pose = nearest_points(centres, centres, model.neighbors)[0], seen["neighbor_pose"][0][0][0]
     near = feature[0][index].mean(1)
     # The official input of this layer, its pose in the official order.
     pose = jnp.concatenate([pose[..., 1:10], pose[..., 13:], pose[..., 10:13], pose[..., :1]], -1).mean(1)
@@ -286,14 +288,12 @@ def test_training_returns_the_siamese_losses():
 # --------------------------------------------------------------------------------------------------------------- layers
 
 
-def test_edge_layer_is_a_dense_layer_of_pairs():
-  feature, h = normal(2, 6, 5), normal(2, 6, 3, 4, seed=1)
-  index = np.random.default_rng(0).integers(0, 6, (2, 6, 3))
-  layer = parot.EdgeDense(7)
-  made = layer.init(jax.random.key(0), feature, index, h)
-  near = np.stack([f[i] for f, i in zip(feature, index, strict=True)])
-  pairs = np.concatenate([near, near - feature[:, :, None], h], -1)
-  np.testing.assert_allclose(layer.apply(made, feature, index, h), pairs @ made["params"]["kernel"], atol=1e-5)
+def test_joint_layer_is_a_dense_layer_of_the_concatenation():
+  x, y = normal(2, 6, 5), normal(2, 6, 4, seed=1)
+  layer = parot.JointDense(7)
+  made = layer.init(jax.random.key(0), x, y)
+  expected = np.concatenate([x, y], -1) @ made["params"]["kernel"]
+  np.testing.assert_allclose(sum(layer.apply(made, x, y)), expected, atol=1e-5)
 
 
 def test_geometry_stays_finite_at_the_origin():
