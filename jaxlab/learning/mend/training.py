@@ -68,7 +68,7 @@ def kl_divergence(
 
 
 def optimizer(
-  learning_rate: float = 1e-6, *, step_size_rate: float = 1e-4, clip: float = 100.0
+  learning_rate: optax.ScalarOrSchedule = 1e-6, *, step_size_rate: optax.ScalarOrSchedule = 1e-4, clip: float = 100.0
 ) -> optax.GradientTransformation:
   """The paper's: Adam after clipping by global norm, with a learning rate of its own for the step sizes alpha."""
   kind = lambda params: {name: "step_sizes" if name == "step_sizes" else "networks" for name in params}
