@@ -169,7 +169,7 @@ def test_loss_against_numpy_and_finite_differences(batch_dice):
   np.testing.assert_allclose(stu_net.soft_dice(logits, labels, batch_dice=batch_dice), dice, rtol=1e-5)
   direction = rng.standard_normal(logits.shape)
   ahead, behind = (reference_loss(logits + s * 1e-5 * direction, labels, batch_dice)[0] for s in (1, -1))
-  slope = (jax.grad(loss)(jnp.asarray(logits, "float32")) * direction).sum()
+  slope = (jax.jit(jax.grad(loss))(jnp.asarray(logits, "float32")) * direction).sum()
   np.testing.assert_allclose(slope, (ahead - behind) / 2e-5, rtol=1e-4)
 
 
@@ -193,7 +193,9 @@ def test_weights_go_to_a_new_task(toy):
   moved = stu_net.transfer(variables, fresh)
   assert jax.tree.map(jnp.shape, moved) == jax.tree.map(jnp.shape, fresh)
   np.testing.assert_array_equal(moved["params"]["head0"]["kernel"], fresh["params"]["head0"]["kernel"])
-  np.testing.assert_array_equal(moved["params"]["up0"]["kernel"], variables["params"]["up0"]["kernel"])
+  np.testing.assert_array_equal(
+    moved["params"]["up0"]["kernel"], variables["params"]["up0"]["kernel"]
+  )
   # A second channel of zeros changes nothing, and both channels see the volume with the same kernels.
   same = old.clone(in_channels=2)
   both = stu_net.transfer(variables, filled(same, jnp.concatenate([x, x], -1)))
