@@ -60,7 +60,7 @@ class Config:
   """Updates."""
   batch_size: int = 24
   """Crops a step, of as many pictures."""
-  learning_rates: tuple[float, ...] = (2e-3, 5e-3)
+  learning_rates: tuple[float, ...] = (5e-4, 1e-3)
   """Each network is trained with all of them under the first seed and keeps the best on the validation contents."""
   weight_decay: float = 1e-5
   """The demo's is decoupled, the paper's is added to the gradient."""
