@@ -61,7 +61,7 @@ class Config:
   """Of the training part."""
   noise: float = 0.1
   """Of a scan; the white matter's intensity is about 0.8."""
-  steps: int = 100
+  steps: int = 300
   """Updates; a fifth of them in the new task of transfer."""
   batch_size: int = 2
   """Patches a step."""
@@ -282,9 +282,8 @@ def draw(config: Config, scores: dict[str, list[list[float]]], seen: dict[str, n
     spread = values.std(0, ddof=1) if len(values) > 1 else None
     drawn = bars.bar(np.arange(len(tissues)) + i * width, values.mean(0), width, yerr=spread, label=name)
     bars.bar_label(drawn, fmt="%.1f", fontsize=8)
-  low = min(v for runs in scores.values() for one in runs for v in one)
   bars.set(xticks=np.arange(len(tissues)) + 0.4 - width / 2, xticklabels=tissues, ylabel="Dice (%)")
-  bars.set_ylim(max(0, math.floor(low / 10) * 10 - 10), 104)
+  bars.set_ylim(0, 119)
   bars.legend(fontsize=8, loc="upper center", ncols=len(scores))
   scan = images[3 if config.study == "transfer" else 1][0, ..., 0]
   grey = matplotlib.colormaps["gray"]((scan - scan.min()) / np.ptp(scan))[..., :3]

@@ -193,9 +193,7 @@ def test_weights_go_to_a_new_task(toy):
   moved = stu_net.transfer(variables, fresh)
   assert jax.tree.map(jnp.shape, moved) == jax.tree.map(jnp.shape, fresh)
   np.testing.assert_array_equal(moved["params"]["head0"]["kernel"], fresh["params"]["head0"]["kernel"])
-  np.testing.assert_array_equal(
-    moved["params"]["up0"]["kernel"], variables["params"]["up0"]["kernel"]
-  )
+  np.testing.assert_array_equal(moved["params"]["up0"]["kernel"], variables["params"]["up0"]["kernel"])
   # A second channel of zeros changes nothing, and both channels see the volume with the same kernels.
   same = old.clone(in_channels=2)
   both = stu_net.transfer(variables, filled(same, jnp.concatenate([x, x], -1)))
