@@ -1,7 +1,6 @@
 """MEND against the official transform, autodiff, NumPy, and what the paper says of it."""
 
 import dataclasses
-import functools
 import json
 
 import chex
@@ -91,24 +90,32 @@ def test_transform_is_the_official_one(name, options):
     untrained = {key + buffer: np.full(shape, np.nan, "float32") for buffer, shape in buffers.items()}
     return mend.from_torch(state | untrained, editor, dict.fromkeys(paths, (m, n)))
 
+  transform = mend.GradientTransform(6, modes=3, **options)
+
+  @jax.jit
+  def three_calls(inside, factors):
+    edits = []
+    for call, given in enumerate(factors):
+      edit, updated = transform.apply(inside, given, call, train=call < 2, mutable=["statistics"])
+      inside = {**inside, **updated}
+      edits.append(edit)
+    return edits, inside["statistics"]
+
   def apply(converted, given):
-    transform = mend.GradientTransform(6, modes=3, **options)
     inside = {kind: converted[kind][f"transform_{m}x{n}"] for kind in ("params", "statistics")}
-    out = {}
-    for call in range(3):
-      u, v = given[f"u{call}"].copy(), given[f"v{call}"].copy()
+    factors = [mend.Factors(given[f"u{call}"].copy(), given[f"v{call}"].copy()) for call in range(3)]
+    for u, v in factors:  # tokens that are not there
       v[0, :3], u[1, 5] = 0, 0
-      one = functools.partial(transform.apply, mode=call, train=call < 2, mutable=["statistics"])
-      (x, d), updated = jax.jit(one)(inside, mend.Factors(u, v))
-      inside |= updated
+    edits, statistics = jax.device_get(three_calls(inside, factors))
+    out = {}
+    for call, ((u, v), (x, d)) in enumerate(zip(factors, edits, strict=True)):
       there = u.any(-1) & v.any(-1)
-      assert not np.asarray(x)[~there].any() and not np.asarray(d)[~there].any()
+      assert not x[~there].any() and not d[~there].any()
       out |= {f"x{call}": x[there], f"d{call}": d[there]}
       out[f"gradient{call}"] = x.reshape(-1, m).T @ d.reshape(-1, n)
-    statistics = inside["statistics"]
     for mine, theirs in (("inputs", "u"), ("deltas", "v")):
       out |= {f"{theirs}_mean": statistics[f"{mine}_mean"], f"{theirs}_s": statistics[f"{mine}_squares"]}
-      out[f"{theirs}_std"] = jnp.sqrt(statistics[f"{mine}_squares"] / (statistics["count"] - 1))
+      out[f"{theirs}_std"] = np.sqrt(statistics[f"{mine}_squares"] / (statistics["count"] - 1))
     return out | {"k": statistics["count"][None]}
 
   golden_rule.check(name, convert, apply, atol=2e-5, rtol=1e-5)
@@ -217,7 +224,7 @@ def random_factors(seed, *shape, path="a"):
 
 def test_statistics_are_those_of_all_tokens_in_any_batching():
   editor = mend.Editor(("a",), rank=2)
-  calls = [random_factors(seed, *shape) for seed, shape in enumerate([(4,), (2, 3), (1,), (5,)])]
+  calls = [random_factors(seed, *shape) for seed, shape in enumerate([(4,), (2, 3), (4,)])]
   calls[0]["a"].inputs[1] = 0  # not there
   calls[1]["a"].deltas[1, 2] = 0
   variables = jax.jit(editor.init)(jax.random.key(0), calls[0])
@@ -226,14 +233,14 @@ def test_statistics_are_those_of_all_tokens_in_any_batching():
     variables |= updated
   tokens = [np.concatenate([c["a"][i].reshape(-1, w) for c in calls]) for i, w in ((0, 3), (1, 5))]
   there = tokens[0].any(1) & tokens[1].any(1)
-  assert there.sum() == 14
+  assert there.sum() == 12
   statistics = variables["statistics"]["transform_3x5"]
-  assert statistics["count"] == 14
+  assert statistics["count"] == 12
   last = []
   for name, values, now in zip(("inputs", "deltas"), tokens, calls[-1]["a"], strict=True):
     mean, deviation = values[there].mean(0), values[there].std(0, ddof=1)
     np.testing.assert_allclose(statistics[f"{name}_mean"], mean, atol=1e-6)
-    np.testing.assert_allclose(np.sqrt(statistics[f"{name}_squares"] / 13), deviation, rtol=1e-5)
+    np.testing.assert_allclose(np.sqrt(statistics[f"{name}_squares"] / 11), deviation, rtol=1e-5)
     last.append((now - mean) / deviation)
   # The first editor is the identity on normalised factors, and goes downhill.
   np.testing.assert_allclose(edits["a"].inputs, last[0], atol=1e-5)
