@@ -88,7 +88,7 @@ class Config:
 PRESETS = {
   "demo": Config(),
   "samples": Config(
-    "samples", scalings=("constant",), rates=(2e-3,), steps=2500, warmup=100, ema_decay=0.995, seeds=1,
+    "samples", scalings=("constant",), depth=4, rates=(2e-3,), steps=6000, warmup=100, ema_decay=0.998, seeds=1,
     sampled=("constant",),
   ),
   "mnist": Config(
