@@ -87,7 +87,7 @@ SYSTEMS: tuple[System, ...] = (
   System("momentum_auxiliary", "learning", "MAN", "Momentum Auxiliary Network for Supervised Local Learning", "2407.05623"),
   System("local_transformer", "learning", "InfoPro-L", "Local Learning on Transformers via Feature Reconstruction", "2212.14215"),
   System("prockd", "learning", "ProC-KD", "Prototype-guided Cross-task Knowledge Distillation for Large-scale Models", "2212.13180"),
-  System("mend", "learning", "MEND", "Fast Model Editing at Scale", "2110.11309"),
+  System("mend", "learning", "MEND", "Fast Model Editing at Scale", "2110.11309", "done"),
   System("transformable_search", "learning", "TAS", "Network Pruning via Transformable Architecture Search", "1905.09717"),
   System("meta_pruning", "learning", "Meta pruning", "Meta Pruning via Graph Metanetworks: A Universal Meta Learning Framework for Network Pruning", "2506.12041"),
   System("data_pruning", "learning", "Data pruning", "Beyond neural scaling laws: beating power law scaling via data pruning", "2206.14486"),
