@@ -1,0 +1,191 @@
+"""AugLocal beside backpropagation and greedy heads: every unit a module, the same network, data and recipe.
+
+    python experiments/auglocal.py                       # narrow ResNet, 10k of CIFAR-10 at 16 x 16, 3 seeds, minutes
+    python experiments/auglocal.py --layers 32 --widths 16 16 32 64 --size 32 --epochs 60
+    python experiments/auglocal.py --preset paper        # ResNet-110, CIFAR-10, 400 epochs of batches of 1024
+
+CIFAR-10 is read from TFDS_DATA_DIR, by default as much of it as there is; all methods see the same batches. The rate is
+the one that suits backpropagation. The figure sets the error on test images against the depth of the heads (0 is a
+dense layer on the mean of pixels), and against what heads cost: multiplications in all forward passes of a step.
+"""
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import rich
+import tyro
+
+from jaxlab import memory, train
+from jaxlab.learning import auglocal, comparison, local
+from jaxlab.models.backbones import cifar
+from jaxlab.train import figures
+from jaxlab.train.result import finished_result, print_metrics, settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What to run; every field is an option of the command."""
+
+  preset: Literal["small", "paper"] = "small"
+  """Where the defaults of all other fields come from."""
+  layers: int = 14
+  """Of the ResNet: 6 m + 2."""
+  widths: tuple[int, int, int, int] = (8, 8, 16, 32)
+  """Channels of the first convolution and of the stages."""
+  size: int = 16
+  """Side of the images in pixels."""
+  depths: tuple[int, ...] = (0, 1, 3)
+  """Of the first head; 0 for greedy heads. Backpropagation is always there."""
+  train_images: int | None = None
+  """How many; None for all that are on disk."""
+  epochs: int = 8
+  """Passes over them."""
+  batch_size: int = 128
+  """Images a step."""
+  learning_rate: float = 0.1
+  """Highest rate of SGD."""
+  warmup: int = 1
+  """Epochs of linear warm-up."""
+  seeds: int = 3
+  """Independent runs: initialisation, order and augmentation."""
+  workdir: pathlib.Path = pathlib.Path("runs/auglocal")
+  """Each setting has a folder in here with checkpoints, metrics, figure and result.json; a second run resumes."""
+
+
+PRESETS = {
+  "small": Config(),
+  "paper": Config("paper", 110, (16, 16, 32, 64), 32, (1, 3, 5, 6), None, 400, 1024, 0.8, 10),
+}
+# Test error (%), ResNet-110 on all of CIFAR-10.
+PUBLISHED = {"backpropagation": 5.39, "d = 6": 6.04}
+SOURCE = "Ma et al. 2024"
+
+
+def parse(args: Sequence[str] | None = None) -> Config:
+  """The config of a command; the preset gives the defaults."""
+  name = tyro.cli(Config, args=args, description=__doc__).preset
+  return tyro.cli(Config, args=args, default=PRESETS[name], description=__doc__)
+
+
+def networks(config: Config) -> dict[str, auglocal.AugLocal]:
+  """By method: what learns by backpropagation, and with heads of each depth."""
+  backbone = cifar.resnet(config.layers, config.widths)
+  made = {"backpropagation": auglocal.AugLocal(backbone, modules=1)}
+  for depth in config.depths:
+    made[label(depth)] = (
+      auglocal.AugLocal(backbone, depth=depth) if depth else auglocal.AugLocal(backbone, head_kind="greedy")
+    )
+  return made
+
+
+def label(depth: int) -> str:
+  """Name of a method in results."""
+  return f"d = {depth}" if depth else "greedy heads"
+
+
+def macs(model: auglocal.AugLocal, size: int) -> tuple[int, int]:
+  """Multiplications for one image in a training step's forward pass: (backbone with classifier, heads)."""
+
+  def layers(width: int, side: int, out: int, stride: int) -> int:
+    side //= stride
+    shortcut = width * out if stride != 1 or width != out else 0
+    return side * side * (9 * width * out + 9 * out * out + shortcut)
+
+  widths, strides = model.backbone.widths, model.backbone.strides
+  total, heads, side, width = size * size * 27 * widths[0], 0, size, widths[0]
+  depths = auglocal.head_depths(model.depth, model.num_modules, model.pyramid)
+  for i in range(len(widths)):
+    if i:
+      total += layers(width, side, widths[i], strides[i])
+      side, width = side // strides[i], widths[i]
+    if i < model.num_modules - 1:
+      at, channels = side, width
+      for out, stride in auglocal.head_blocks(widths, i, depths[i]) if model.head_kind == "auglocal" else ():
+        heads += layers(channels, at, out, stride)
+        at, channels = at // stride, out
+      heads += channels * model.num_classes
+  return total + width * model.num_classes, heads
+
+
+def draw(metrics: dict[str, Any], config: Config, folder: pathlib.Path) -> None:
+  """Error against depth of heads and against cost."""
+  figure, axes = figures.subplots(1, 3, width=4)
+  baseline = np.asarray(metrics["error, backpropagation"])
+  errors = [np.asarray(metrics[f"error, {label(d)}"]) for d in config.depths]
+  places = {
+    "depth of heads d": list(config.depths),
+    "multiplications over backpropagation's": [metrics[f"multiplications, {label(d)}"] for d in config.depths],
+    "scratch memory over backpropagation's": [metrics[f"step memory, {label(d)}"] for d in config.depths],
+  }
+  for panel, (name, x) in zip(axes[0], places.items(), strict=True):
+    spread = [e.std(ddof=1) if e.size > 1 else 0.0 for e in errors]
+    panel.errorbar(x, [e.mean() for e in errors], spread, fmt="o-", capsize=3, label="local learning")
+    panel.axhline(baseline.mean(), color="k", linestyle="--", label="backpropagation")
+    if baseline.size > 1:
+      low, high = baseline.mean() - baseline.std(ddof=1), baseline.mean() + baseline.std(ddof=1)
+      panel.axhspan(low, high, color="k", alpha=0.1)
+    for d, place, e in zip(config.depths, x, errors, strict=True):
+      panel.annotate(label(d), (place, e.mean()), textcoords="offset points", xytext=(6, 6))
+    panel.set(xlabel=name, ylabel="test error (%)")
+    panel.margins(x=0.25)
+  axes[0, 0].set_xticks(config.depths)
+  axes[0, 0].legend()
+  figures.save(figure, folder / "figure.png")
+
+
+def main(config: Config) -> None:
+  """Trains what is not trained yet, then measures, draws and reports."""
+  memory.keep()
+  start = time.perf_counter()
+  if not config.depths or min(config.depths) < 0:
+    raise ValueError(f"depths: got {config.depths}, expected at least one, of 0 or more blocks")
+  if config.seeds < 1:
+    raise ValueError(f"seeds: got {config.seeds}, expected at least 1")
+  depths = "-".join(map(str, config.depths))
+  folder = config.workdir / f"resnet{config.layers}-{config.widths[-1]}-{config.size}-{config.epochs}-{depths}"
+  record = settings(config)
+  if result := finished_result(folder, record):
+    return print_metrics(result)
+  models = networks(config)
+  task = comparison.cifar10(config.size, config.batch_size, config.train_images)
+  rate = local.schedule(config.learning_rate, config.epochs, task.steps_per_epoch, warmup=config.warmup)
+
+  metrics: dict[str, Any] = {}
+  base, base_memory = 0, 1.0
+  for name, model in models.items():
+    learner = comparison.jitted(auglocal.learner(model, local.sgd(rate)))
+    kept = {k: v for k, v in record.items() if k not in ("depths", "seeds", "workdir")} | {"method": name}
+    place = folder / name.replace(" ", "_")
+    error = comparison.errors(learner, task, epochs=config.epochs, seeds=config.seeds, folder=place, config=kept)
+    rich.print(f"{name}: error {np.mean(error):.2f} %, {time.perf_counter() - start:.0f} s")
+    backbone, heads = macs(model, config.size)
+    needed = comparison.step_megabytes(learner, next(task.batches(0)))
+    if name == "backpropagation":
+      base, base_memory = backbone, needed
+    metrics[f"error, {name}"] = error
+    metrics[f"multiplications, {name}"] = (backbone + heads) / base
+    metrics[f"step memory, {name}"] = needed / base_memory
+  draw(metrics, config, folder)
+  published = config.preset == "paper"
+  path = train.write_result(
+    folder,
+    system="auglocal",
+    claim="Test error (%) falls with the depth of local heads, towards backpropagation; every unit a module.",
+    dataset=f"CIFAR-10 ({len(task.pixels['label'])} images, {config.size} px), ResNet-{config.layers}",
+    config=record,
+    metrics=metrics,
+    published={f"error, {k}": {"value": v, "source": SOURCE} for k, v in PUBLISHED.items()} if published else {},
+    seed=list(range(config.seeds)),
+    wall_time=time.perf_counter() - start,
+  )
+  print_metrics(json.loads(path.read_text()))
+  rich.print(f"Everything is in {folder}.")
+
+
+if __name__ == "__main__":
+  main(parse())

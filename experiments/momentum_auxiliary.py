@@ -1,0 +1,184 @@
+"""MAN beside InfoPro, which lacks its blocks, each block alone, and backpropagation: same network, data and recipe.
+
+    python experiments/momentum_auxiliary.py             # narrow ResNet, 10k of CIFAR-10 at 16 x 16, 3 seeds, minutes
+    python experiments/momentum_auxiliary.py --layers 32 --widths 16 16 32 64 --size 32 --epochs 60
+    python experiments/momentum_auxiliary.py --preset paper      # ResNet-32, CIFAR-10, 400 epochs of batches of 1024
+
+CIFAR-10 is read from TFDS_DATA_DIR, as much of it as there is; all methods see the same batches. `bias` is the control:
+it has the trainable block and so a head as large as MAN's, but knows nothing of the next module. The rate is the one
+that suits backpropagation.
+"""
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import rich
+import tyro
+
+from jaxlab import checks, memory, train
+from jaxlab.data import images
+from jaxlab.learning import comparison, local
+from jaxlab.learning import momentum_auxiliary as man
+from jaxlab.models.backbones import cifar
+from jaxlab.train import figures
+from jaxlab.train.result import finished_result, print_metrics, settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What to run; every field is an option of the command."""
+
+  preset: Literal["small", "paper"] = "small"
+  """Where the defaults of all other fields come from."""
+  layers: int = 14
+  """Of the ResNet: 6 m + 2."""
+  widths: tuple[int, int, int, int] = (8, 8, 16, 32)
+  """Channels of the first convolution and of the stages."""
+  size: int = 16
+  """Side of the images in pixels."""
+  modules: tuple[int, ...] = (3, 6)
+  """Numbers of modules, with as many blocks each as divides evenly."""
+  methods: tuple[str, ...] = ("InfoPro", "bias", "average", "MAN")
+  """Which of InfoPro, bias, average and MAN. Backpropagation is always there."""
+  first: tuple[float, float] = (5.0, 0.5)
+  """Weights of reconstruction and classification in the first module."""
+  last: tuple[float, float] = (4.0, 0.4)
+  """In the last module that has a head; the official rule goes from (4.6, 0.46) to (3.9, 0.39)."""
+  momentum: float = 0.995
+  """Of the averaged blocks."""
+  train_images: int | None = None
+  """How many; None for all that are on disk."""
+  epochs: int = 8
+  """Passes over them."""
+  batch_size: int = 128
+  """Images a step."""
+  learning_rate: float = 0.1
+  """Highest rate of SGD."""
+  warmup: int = 1
+  """Epochs of linear warm-up."""
+  seeds: int = 3
+  """Independent runs: initialisation, order and augmentation."""
+  workdir: pathlib.Path = pathlib.Path("runs/momentum_auxiliary")
+  """Each setting has a folder in here with checkpoints, metrics, figure and result.json; a second run resumes."""
+
+
+PRESETS = {
+  "small": Config(),
+  "paper": Config(
+    preset="paper",
+    layers=32,
+    widths=(16, 16, 32, 64),
+    size=32,
+    modules=(8, 15),
+    epochs=400,
+    batch_size=1024,
+    learning_rate=0.8,
+    warmup=10,
+  ),
+}
+# Which blocks a method has: (bias, average).
+BRANCHES = {"InfoPro": (False, False), "bias": (True, False), "average": (False, True), "MAN": (True, True)}
+# Test error (%), ResNet-32 on all of CIFAR-10; the paper's cuts for 8 modules differ from even ones.
+PUBLISHED = {"backpropagation": 6.37, "InfoPro, 15 modules": 12.93, "MAN, 15 modules": 9.65}
+SOURCE = "Su et al. 2024"
+
+
+def parse(args: Sequence[str] | None = None) -> Config:
+  """The config of a command; the preset gives the defaults."""
+  name = tyro.cli(Config, args=args, description=__doc__).preset
+  return tyro.cli(Config, args=args, default=PRESETS[name], description=__doc__)
+
+
+def even_cuts(units: int, modules: int) -> tuple[int, ...]:
+  """Last units of modules of equal numbers of blocks; the first convolution belongs to the first."""
+  checks.count("modules", modules, 1, units - 1)
+  return tuple(round((i + 1) * (units - 1) / modules) for i in range(modules))
+
+
+def networks(config: Config) -> dict[str, man.MomentumAuxiliary]:
+  """By method and number of modules."""
+  backbone = cifar.resnet(config.layers, config.widths)
+  if unknown := set(config.methods) - set(BRANCHES):
+    raise ValueError(f"methods: got {sorted(unknown)}, expected names among {list(BRANCHES)}")
+  make = lambda modules, bias, average: man.MomentumAuxiliary(
+    backbone, cuts=even_cuts(len(backbone), modules), bias=bias, average=average, image_size=config.size
+  )
+  made = {"backpropagation": make(1, False, False)}
+  return made | {f"{m}, {k} modules": make(k, *BRANCHES[m]) for k in config.modules for m in config.methods}
+
+
+def draw(metrics: dict[str, Any], config: Config, folder: pathlib.Path) -> None:
+  """Error and memory against the number of modules."""
+  figure, axes = figures.subplots(1, 2, width=5)
+  baseline = np.asarray(metrics["error, backpropagation"])
+  for panel, kind, unit in zip(axes[0], ("error", "step memory"), ("test error (%)", "scratch memory"), strict=True):
+    for shift, method in enumerate(config.methods):
+      values = [np.asarray(metrics[f"{kind}, {method}, {k} modules"]) for k in config.modules]
+      spread = [v.std(ddof=1) if v.size > 1 else 0.0 for v in values]
+      place = np.array(config.modules) + 0.06 * (shift - 1.5)
+      panel.errorbar(place, [v.mean() for v in values], spread, fmt="o-", capsize=3, label=method)
+    level = baseline.mean() if kind == "error" else 1.0
+    panel.axhline(level, color="k", linestyle="--", label="backpropagation")
+    panel.set(xlabel="modules", ylabel=unit if kind == "error" else f"{unit} over backpropagation's")
+    panel.set_xticks(config.modules)
+    panel.margins(x=0.2)
+  axes[0, 1].set_ylim(bottom=0)
+  axes[0, 0].legend()
+  figures.save(figure, folder / "figure.png")
+
+
+def main(config: Config) -> None:
+  """Trains what is not trained yet, then measures, draws and reports."""
+  memory.keep()
+  start = time.perf_counter()
+  if config.seeds < 1:
+    raise ValueError(f"seeds: got {config.seeds}, expected at least 1")
+  name = "-".join(map(str, (*config.modules, *config.methods)))
+  folder = config.workdir / f"resnet{config.layers}-{config.widths[-1]}-{config.size}-{config.epochs}-{name}"
+  record = settings(config)
+  if result := finished_result(folder, record):
+    return print_metrics(result)
+  models = networks(config)
+  task = comparison.cifar10(config.size, config.batch_size, config.train_images)
+  rate = local.schedule(config.learning_rate, config.epochs, task.steps_per_epoch, warmup=config.warmup)
+
+  metrics: dict[str, Any] = {}
+  base = 1.0
+  for name, model in models.items():
+    weights = man.linear_weights(model.num_modules, config.first, config.last)
+    made = man.learner(
+      model, local.sgd(rate), weights, momentum=config.momentum, mean=images.CIFAR10_MEAN, std=images.CIFAR10_STD
+    )
+    learner = comparison.jitted(made)
+    kept = {k: v for k, v in record.items() if k not in ("modules", "methods", "seeds", "workdir")} | {"method": name}
+    place = folder / name.replace(", ", "-").replace(" ", "_")
+    error = comparison.errors(learner, task, epochs=config.epochs, seeds=config.seeds, folder=place, config=kept)
+    rich.print(f"{name}: error {np.mean(error):.2f} %, {time.perf_counter() - start:.0f} s")
+    needed = comparison.step_megabytes(learner, next(task.batches(0)))
+    base = needed if name == "backpropagation" else base
+    metrics[f"error, {name}"] = error
+    metrics[f"step memory, {name}"] = needed / base
+  draw(metrics, config, folder)
+  published = PUBLISHED if config.preset == "paper" else {}
+  path = train.write_result(
+    folder,
+    system="momentum_auxiliary",
+    claim="Test error (%): MAN below the averaged block alone below InfoPro's heads; a trainable block as control.",
+    dataset=f"CIFAR-10 ({len(task.pixels['label'])} images, {config.size} px), ResNet-{config.layers}",
+    config=record,
+    metrics=metrics,
+    published={f"error, {k}": {"value": v, "source": SOURCE} for k, v in published.items() if f"error, {k}" in metrics},
+    seed=list(range(config.seeds)),
+    wall_time=time.perf_counter() - start,
+  )
+  print_metrics(json.loads(path.read_text()))
+  rich.print(f"Everything is in {folder}.")
+
+
+if __name__ == "__main__":
+  main(parse())
