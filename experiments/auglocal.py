@@ -43,7 +43,7 @@ class Config:
   """Of the first head; 0 for greedy heads. Backpropagation is always there."""
   train_images: int | None = None
   """How many; None for all that are on disk."""
-  epochs: int = 8
+  epochs: int = 4
   """Passes over them."""
   batch_size: int = 128
   """Images a step."""

@@ -41,7 +41,7 @@ class Config:
   """Channels of the first convolution and of the stages."""
   size: int = 16
   """Side of the images in pixels."""
-  modules: tuple[int, ...] = (3, 6)
+  modules: tuple[int, ...] = (6,)
   """Numbers of modules, with as many blocks each as divides evenly."""
   methods: tuple[str, ...] = ("InfoPro", "bias", "average", "MAN")
   """Which of InfoPro, bias, average and MAN. Backpropagation is always there."""
@@ -53,7 +53,7 @@ class Config:
   """Of the averaged blocks."""
   train_images: int | None = None
   """How many; None for all that are on disk."""
-  epochs: int = 8
+  epochs: int = 4
   """Passes over them."""
   batch_size: int = 128
   """Images a step."""
