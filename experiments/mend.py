@@ -428,7 +428,7 @@ def main(config: Config) -> None:
   path = train.write_result(
     folder,
     system="mend",
-    claim="MEND's edits reach unseen wordings of unseen countries' facts more often than fine-tuning at its drawdown.",
+    claim="Success of MEND's edits in unseen wordings of unseen countries' facts, beside fine-tuning at its drawdown.",
     dataset=f"facts about countries ({', '.join(config.relations)}), language model of width {config.width}",
     config=record,
     metrics=metrics,

@@ -11,7 +11,7 @@ from jaxlab.data.files import MissingFile
 TINY = dataclasses.replace(
   experiment.DEMO, relations=("continent",), max_words=1, width=8, depth=1, heads=1, edited_blocks=1, model_steps=20,
   model_batch=8, editor_steps=6, rank=4, problems=2, locality=2, tune_steps=2, tune_rates=(1e-2, 1e-1), scales=(1.0,),
-  many=(1, 2), validation_problems=4, test_problems=4, unnormalized=False, sizes=(8,), seeds=1,
+  many=(1,), validation_problems=4, test_problems=4, unnormalized=False, sizes=(8,), seeds=1,
 )  # fmt: skip
 
 
