@@ -383,6 +383,8 @@ def draw(config: Config, runs: list[dict[str, Any]], cost: dict[str, np.ndarray]
       xlabel="million parameters of the model", ylabel=f"{what} ({unit})", title=f"The {what} of an edit",
     )  # fmt: skip
     place.set(xscale="log", yscale="log")
+    place.set_xticks([], minor=True)
+    place.set_xticks(cost["parameters"] / 1e6, [f"{millions:.2g}" for millions in cost["parameters"] / 1e6])
     for line in place.lines:
       line.set_marker("o")
   train.figures.save(figure, path)
