@@ -177,7 +177,7 @@ def learner(config: Config, model: nn.Module, void: int = camvid.VOID) -> train.
   schedule = optax.warmup_cosine_decay_schedule(0, rate, warm, config.steps, rate / 100)
   tx = optax.chain(
     optax.clip_by_global_norm(1.0),
-    optax.adamw(schedule, weight_decay=config.weight_decay, mask=cvmh_unet.decay_mask),
+    optax.adamw(schedule, weight_decay=config.weight_decay, mask=train.decay_mask),
   )
 
   def loss(logits: jax.Array, batch: train.Batch) -> tuple[jax.Array, train.Metrics]:

@@ -9,7 +9,25 @@ from typing import Any
 
 from jaxlab.data.node import NodeDataset, random_split, row_normalize_features, undirected
 
-_LOADERS = ("augment", "digits", "heterophilous", "images", "mnist5k", "networks", "planetoid", "synthetic", "tu")
+_LOADERS = (
+  "aerial",
+  "augment",
+  "brain",
+  "camvid",
+  "digits",
+  "facts",
+  "heterophilous",
+  "images",
+  "mnist5k",
+  "networks",
+  "photographs",
+  "planetoid",
+  "point_clouds",
+  "scenes",
+  "synthetic",
+  "temporal",
+  "tu",
+)
 __all__ = ["NodeDataset", "random_split", "row_normalize_features", "undirected", *_LOADERS]
 
 

@@ -26,13 +26,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab import interop
 from jaxlab.nn import dct
 from jaxlab.nn.conv import DepthwiseConv, StridedConv
 from jaxlab.nn.drop_path import DropPath, linear_rates
 from jaxlab.nn.module import check_images, precision
+from jaxlab.nn.product import Dense
 from jaxlab.nn.resize import adaptive_average_pool
 from jaxlab.nn.scan_2d import CS2D, SS2D, Direction, SelectiveScan2D
 
@@ -106,7 +107,7 @@ class Block(nn.Module):
     """Args: x, maps. `train` is positional for `nn.remat`. Returns maps of the same shape."""
     options, channels = precision(self), x.shape[-1]
     inner = self.expand * channels
-    dense: Any = functools.partial(nn.Dense, use_bias=False, kernel_init=_dense_init, **options)
+    dense: Any = functools.partial(Dense, use_bias=False, kernel_init=_dense_init, **options)
     conv: Any = functools.partial(DepthwiseConv, 3, kernel_init=_conv_init, **options)
     norm = functools.partial(nn.LayerNorm, 1e-5, **options)
 
@@ -160,7 +161,7 @@ class Fusion(nn.Module):
     if self.attention not in ("conv", "dense"):
       raise ValueError(f"attention: got {self.attention!r}, expected 'conv' or 'dense'")
     options, channels = precision(self), encoded.shape[-1]
-    dense: Any = functools.partial(nn.Dense, use_bias=False, kernel_init=_dense_init, **options)
+    dense: Any = functools.partial(Dense, use_bias=False, kernel_init=_dense_init, **options)
     few = max(channels // 4, 1)
 
     x = encoded + decoded
@@ -278,7 +279,7 @@ class CVMHUNet(nn.Module):
     self._check(images)
     options, stages = precision(self), len(self.widths)
     height, width = images.shape[1:3]
-    dense: Any = functools.partial(nn.Dense, use_bias=False, kernel_init=_dense_init, **options)
+    dense: Any = functools.partial(Dense, use_bias=False, kernel_init=_dense_init, **options)
     norm = functools.partial(nn.LayerNorm, 1e-5, **options)
     block: Any = functools.partial(
       nn.remat(Block, static_argnums=(2,)) if self.remat else Block,
@@ -399,15 +400,6 @@ def cross_entropy_and_dice(
   both, either = (p * y).sum((0, 1, 2)), (p + y).sum((0, 1, 2))
   dice = (2 * both + 1) / (either + 1)
   return (weight * entropy).sum() / jnp.maximum(weight.sum(), 1) + 1 - dice.mean()
-
-
-def decay_mask(params: PyTree) -> PyTree:
-  """Which weights to decay, for `optax.adamw(..., mask=decay_mask)`: not biases, norms, nor a scan's A, D and steps."""
-
-  def decays(path: Sequence[Any], p: Array) -> bool:
-    return p.ndim > 1 and path[-1].key not in ("A_log", "D", "dt_bias")
-
-  return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:

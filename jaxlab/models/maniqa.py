@@ -37,6 +37,7 @@ from jaxlab.nn.attention import multi_head_attention
 from jaxlab.nn.drop_path import DropPath, linear_rates
 from jaxlab.nn.dropout import dropout
 from jaxlab.nn.module import check_images, precision
+from jaxlab.nn.product import Dense
 from jaxlab.nn.window_attention import window_attention
 
 # PyTorch's defaults: weights and biases uniform within 1 / sqrt(fan_in).
@@ -52,7 +53,7 @@ def _bias_init(fan_in: int) -> nn.initializers.Initializer:
 def _linear(module: nn.Module, x: Array, features: int, name: str, **changes: Any) -> Array:
   """A dense layer of `module` as PyTorch starts it."""
   init: dict[str, Any] = {"kernel_init": _kernel_init, "bias_init": _bias_init(x.shape[-1]), **changes}
-  return nn.Dense(features, name=name, **init, **precision(module))(x)
+  return Dense(features, name=name, **init, **precision(module))(x)
 
 
 def _drop(module: nn.Module, x: Array, rate: float, train: bool) -> Array:

@@ -31,6 +31,7 @@ from jaxlab.nn.conv import DepthwiseConv, StridedConv
 from jaxlab.nn.drop_path import DropPath, linear_rates
 from jaxlab.nn.module import check_images, precision
 from jaxlab.nn.neighborhood_attention import neighborhood_attention
+from jaxlab.nn.product import Dense
 from jaxlab.nn.resize import resize
 from jaxlab.nn.rotary import rotary_2d
 from jaxlab.nn.scan_2d import SelectiveScan2D
@@ -68,7 +69,7 @@ class Mixer(nn.Module):
     options = precision(self)
     batch, height, width, channels = x.shape
     heads, side = self.num_heads, 2 * self.window - 1
-    dense: Any = functools.partial(nn.Dense, kernel_init=_init, **options)
+    dense: Any = functools.partial(Dense, kernel_init=_init, **options)
     local: Any = functools.partial(DepthwiseConv, kernel_init=_init, **options)
 
     q, k, v = jnp.split(dense(3 * channels, name="qkv")(x), 3, -1)
@@ -110,9 +111,9 @@ class Mlp(nn.Module):
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     """Args: x, maps. Returns maps of the same shape."""
     options = precision(self)
-    u = nn.gelu(nn.Dense(self.hidden, kernel_init=_init, name="fc1", **options)(x), approximate=False)
+    u = nn.gelu(Dense(self.hidden, kernel_init=_init, name="fc1", **options)(x), approximate=False)
     u = u + DepthwiseConv(3, kernel_init=_init, name="conv", **options)(u)
-    return nn.Dense(x.shape[-1], kernel_init=_init, name="fc2", **options)(u)
+    return Dense(x.shape[-1], kernel_init=_init, name="fc2", **options)(u)
 
 
 class Block(nn.Module):
@@ -246,8 +247,8 @@ class Encoder(nn.Module):
       maps.append(x)
     if not self.num_classes:
       return tuple(maps)
-    x = nn.silu(norm(name="head_norm")(nn.Dense(1024, kernel_init=_init, name="head_proj", **options)(x)))
-    return nn.Dense(self.num_classes, kernel_init=_init, name="head", **options)(x.mean((1, 2)))
+    x = nn.silu(norm(name="head_norm")(Dense(1024, kernel_init=_init, name="head_proj", **options)(x)))
+    return Dense(self.num_classes, kernel_init=_init, name="head", **options)(x.mean((1, 2)))
 
   def _check(self, images: Array) -> None:
     check_images(images, self.in_channels)
@@ -317,14 +318,14 @@ class Decoder(nn.Module):
       return nn.relu(norm(y))
 
     def point(y: Array, features: int, name: str) -> Array:
-      return relu_norm(nn.Dense(features, use_bias=False, kernel_init=_init, name=name, **options)(y), name)
+      return relu_norm(Dense(features, use_bias=False, kernel_init=_init, name=name, **options)(y), name)
 
     def strided(y: Array, features: int, size: int, stride: int, name: str) -> Array:
       conv = StridedConv(features, size, stride, 1, use_bias=False, kernel_init=_init, name=name, **options)
       return relu_norm(conv(y), name)
 
     e, sides = self.width, maps[0].shape[1:3]
-    dense: Any = functools.partial(nn.Dense, kernel_init=_init, **options)
+    dense: Any = functools.partial(Dense, kernel_init=_init, **options)
     c = [resize(dense(self.map_width, name=f"map{i + 2}")(m), sides) for i, m in enumerate(maps)]
     f = point(jnp.concatenate(c[::-1], -1), e, "fuse")
     pooled = point(f.mean((1, 2), keepdims=True), e, "pool")

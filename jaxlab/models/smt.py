@@ -33,6 +33,7 @@ from jaxlab.nn.attention import multi_head_attention
 from jaxlab.nn.conv import DepthwiseConv, GroupedPointwiseConv, StridedConv
 from jaxlab.nn.drop_path import DropPath, linear_rates
 from jaxlab.nn.module import check_images, precision
+from jaxlab.nn.product import Dense
 
 Mixer = Literal["modulation", "attention", "alternate"]
 HYBRID: tuple[Mixer, ...] = ("modulation", "modulation", "alternate", "attention")
@@ -77,7 +78,7 @@ class ScaleAwareModulation(nn.Module):
     if channels % heads:
       raise ValueError(f"widths: got {channels}, expected a multiple of the {heads} modulation heads")
     options = precision(self)
-    dense = functools.partial(nn.Dense, channels, kernel_init=_dense_init, **options)
+    dense = functools.partial(Dense, channels, kernel_init=_dense_init, **options)
     local = functools.partial(DepthwiseConv, kernel_init=_conv_init(channels // heads), **options)
 
     value = dense(name="v")(x)
@@ -90,7 +91,7 @@ class ScaleAwareModulation(nn.Module):
     width, groups = self.expand * channels, channels // heads
     mix = GroupedPointwiseConv(width, groups, kernel_init=_conv_init(groups), name="mix", **options)
     norm = nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, axis_name=self.axis_name, name="mix_norm", **options)
-    fuse = nn.Dense(channels, kernel_init=_conv_init(), name="fuse", **options)
+    fuse = Dense(channels, kernel_init=_conv_init(), name="fuse", **options)
     modulation = fuse(_gelu(norm(mix(mixed))))
     self.sow("intermediates", "modulation", modulation)
     return dense(name="proj")(modulation * value)
@@ -119,7 +120,7 @@ class LocalAttention(nn.Module):
     if channels % self.head_dim:
       raise ValueError(f"widths: got {channels}, expected a multiple of head_dim, {self.head_dim}")
     options = precision(self)
-    dense = functools.partial(nn.Dense, kernel_init=_dense_init, **options)
+    dense = functools.partial(Dense, kernel_init=_dense_init, **options)
 
     query = dense(features=channels, name="q")(x)
     key, value = jnp.split(dense(features=2 * channels, name="kv")(x), 2, axis=-1)
@@ -147,9 +148,9 @@ class Mlp(nn.Module):
     """Args: x, maps. Returns maps of the same shape."""
     options = precision(self)
     channels, hidden = x.shape[-1], int(x.shape[-1] * self.ratio)
-    u = nn.Dense(hidden, kernel_init=_dense_init, name="fc1", **options)(x)
+    u = Dense(hidden, kernel_init=_dense_init, name="fc1", **options)(x)
     u = _gelu(u + DepthwiseConv(3, kernel_init=_conv_init(hidden), name="local_conv", **options)(u))
-    return nn.Dense(channels, kernel_init=_dense_init, name="fc2", **options)(u)
+    return Dense(channels, kernel_init=_dense_init, name="fc2", **options)(u)
 
 
 class Block(nn.Module):
@@ -282,7 +283,7 @@ class SMT(nn.Module):
       maps.append(x)
     if features:
       return tuple(maps)
-    return nn.Dense(self.num_classes, kernel_init=_dense_init, name="head", **options)(x.mean((1, 2)))
+    return Dense(self.num_classes, kernel_init=_dense_init, name="head", **options)(x.mean((1, 2)))
 
   def _check(self, images: Array) -> None:
     check_images(images, self.in_channels)

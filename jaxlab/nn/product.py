@@ -3,11 +3,13 @@
 XLA's CPU backend has native bfloat16 products for the form rows times columns with a float32 result. Every other form
 (a bfloat16 result, which is what layers ask for; the sum over rows that the gradient of a kernel is) it computes by
 widening both operands first, at half the speed. Here forward and both gradients take the native form. Hand it to a
-layer: `nn.Dense(features, dot_general=dot_general)`.
+layer, or take `Dense`, which has it.
 """
 
+import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16
@@ -71,3 +73,6 @@ def _transposed(x):
     return jax.lax.dynamic_update_slice(out, part.T, (i * half, 0))
 
   return jax.lax.fori_loop(0, 2, copy, jnp.zeros((columns, rows), x.dtype))
+
+
+Dense = functools.partial(nn.Dense, dot_general=dot_general)  # `flax.linen.Dense` with these products

@@ -228,8 +228,14 @@ def cross_entropy(
 
 
 def decay_mask(params: PyTree) -> PyTree:
-  """Which weights to decay, for `optax.adamw(..., mask=decay_mask)`: kernels, not biases nor scales of norms."""
-  return jax.tree.map(lambda p: jnp.ndim(p) > 1, params)
+  """Which weights to decay, for `optax.adamw(..., mask=decay_mask)`: kernels, not biases nor scales of norms, nor what
+  sets the rates of a selective scan (`A_log`, `D`, `dt_bias`), which Mamba never decays."""
+
+  def decays(path: Any, p: Array) -> bool:
+    name = jax.tree_util.keystr(path[-1:], simple=True)
+    return jnp.ndim(p) > 1 and name not in ("A_log", "D", "dt_bias")
+
+  return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def _moved(old: PyTree, new: PyTree, fraction: float) -> PyTree:

@@ -6,6 +6,7 @@ import pytest
 import scipy.fft
 import scipy.special
 
+from jaxlab import train
 from jaxlab.models import cvmh_unet
 from jaxlab.nn.scan_2d import CS2D, SS2D, SelectiveScan2D
 from jaxlab.nn.selective_scan import selective_scan
@@ -238,7 +239,7 @@ def test_loss_is_cross_entropy_and_dice_of_what_counts():
 
 def test_scans_keep_their_decays():
   model = cvmh_unet.CVMHUNet(widths=(8,), encoder_depths=(1,), decoder_depths=(1,))
-  mask = cvmh_unet.decay_mask(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"])
+  mask = train.decay_mask(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"])
   block = mask["encoder1_block0"]
   assert block["scan"] == {"x_proj": True, "dt_proj": True, "A_log": False, "D": False, "dt_bias": False}
   assert block["in_proj"]["kernel"] and not block["norm"]["scale"] and not block["conv"]["bias"]

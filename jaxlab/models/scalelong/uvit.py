@@ -25,7 +25,7 @@ from jaxlab.nn import transformer
 from jaxlab.nn.conv import StridedConv
 from jaxlab.nn.diffusion import timestep_embedding
 from jaxlab.nn.module import check_images, precision
-from jaxlab.nn.product import dot_general
+from jaxlab.nn.product import Dense
 
 TIME_SCALE = 999.0  # what the diffusion time t in [0, 1] is multiplied by for the network
 
@@ -94,7 +94,7 @@ class UViT(nn.Module):
     self._check(images, timesteps, labels)
     options = precision(self)
     block = nn.remat(transformer.Block) if self.remat else transformer.Block
-    dense: Any = functools.partial(nn.Dense, kernel_init=_dense_init, dot_general=dot_general, **options)
+    dense: Any = functools.partial(Dense, kernel_init=_dense_init, **options)
     batch, grid, p = images.shape[0], self.image_size // self.patch_size, self.patch_size
 
     patches = StridedConv(self.width, p, p, kernel_init=_conv_init, name="patch_embed", **options)(images)
