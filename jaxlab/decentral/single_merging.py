@@ -25,7 +25,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxlab import checks, interop, train
+from jaxlab import checks, interop
 from jaxlab.decentral import gossip, partition, simulator
 from jaxlab.decentral.simulator import Peers
 from jaxlab.train import Batch, Learner, Metrics
@@ -59,7 +59,7 @@ class Schedule:
     for name in ("start", "end", "point", "window"):
       if not 0 <= getattr(self, name) < np.inf:
         raise ValueError(f"{name}: got {getattr(self, name)}, expected a finite number of at least 0")
-    train.checks.count("max_steps", self.max_steps)
+    checks.count("max_steps", self.max_steps)
 
   def __call__(self, step: Int[Any, "*t"]) -> Float[Array, "*t"]:
     """r at a number of local steps."""
@@ -172,7 +172,7 @@ def learner(
   """
   if topology not in gossip.TOPOLOGIES:
     raise ValueError(f"topology: got {topology!r}, expected one of {sorted(gossip.TOPOLOGIES)}")
-  work = simulator.Work(train.checks.count("batch_size", batch_size), steps=steps_per_round)
+  work = simulator.Work(checks.count("batch_size", batch_size), steps=steps_per_round)
 
   def init(key: Key[Array, ""], data: Streams) -> Peers:
     return simulator.peers(local, key, data.clients, common=common)

@@ -1,6 +1,7 @@
 """Single merging: official matrices, schedules, statistics and networks; the schedule's one dense round."""
 
 import json
+from typing import get_args
 
 import chex
 import flax.linen as nn
@@ -36,7 +37,7 @@ def test_matrices_are_the_official_ones():
 
 
 def test_schedules_are_the_official_ones():
-  for kind in sm.get_args(sm.Kind):
+  for kind in get_args(sm.Kind):
     schedule = sm.Schedule(kind, 0.2, 15, 2000, point=0.5, window=0.25)
     np.testing.assert_allclose(schedule(GOLDEN["steps"]), GOLDEN[f"r.{kind}"], rtol=3e-5, err_msg=kind)
 

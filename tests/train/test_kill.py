@@ -8,6 +8,9 @@ import time
 
 import digits_run
 import numpy as np
+import pytest
+
+pytestmark = pytest.mark.xdist_group("runs")  # long: the larger a group, the earlier it begins
 
 STEPS, SAVE_EVERY, KILLS = 400, 8, 20
 

@@ -16,6 +16,8 @@ import pytest
 
 from jaxlab import train
 
+pytestmark = pytest.mark.xdist_group("runs")  # long: the larger a group, the earlier it begins
+
 KEY = jax.random.key(5)
 
 

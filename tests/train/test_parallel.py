@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec
 
 from jaxlab import train
 
+pytestmark = pytest.mark.xdist_group("runs")  # long: the larger a group, the earlier it begins
+
 # Sums over a batch run in another order, which moves float32 gradients by about 1e-7 of their size; six momentum steps
 # of 0.1 at loss scale 2 let that grow to a few 1e-6.
 ATOL = 2e-5
