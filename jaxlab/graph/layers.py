@@ -22,18 +22,10 @@ from jaxtyping import Array, Bool, Float
 from jaxlab.graph import sparse, structure
 from jaxlab.graph.gated import gated_mean
 from jaxlab.nn.dropout import dropout
+from jaxlab.nn.initializers import torch_bias, torch_kernel
 
 Graph: TypeAlias = jraph.GraphsTuple | sparse.Operator
 Features: TypeAlias = Float[Array, "n f"] | sparse.Operator
-
-# U(-1/sqrt(F), 1/sqrt(F)), torch's default for a weight with F inputs.
-torch_kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-
-
-def torch_bias(fan_in: int) -> nn.initializers.Initializer:
-  """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch's default for a bias."""
-  bound = fan_in**-0.5
-  return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 # ------------------------------------------------------------------------------------- dense or sparse node features

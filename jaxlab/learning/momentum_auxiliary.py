@@ -35,6 +35,7 @@ from jaxlab import checks, interop, train
 from jaxlab.learning import local
 from jaxlab.models.backbones import cifar
 from jaxlab.nn.batch_norm import BatchNormAct
+from jaxlab.nn.initializers import torch_bias
 from jaxlab.nn.module import precision
 from jaxlab.nn.resize import resize
 
@@ -198,7 +199,7 @@ class Head(nn.Module):
     return image, cifar.linear(self.outputs, self.feature_dim, name="classifier", **precision(self))(z)
 
   def _conv(self, x: Array, features: int, name: str) -> Array:
-    bias = cifar.uniform_bias(9 * x.shape[-1])
+    bias = torch_bias(9 * x.shape[-1])
     return cifar.conv(features, 3, bias_init=bias, name=name, **precision(self))(x)
 
 

@@ -32,6 +32,7 @@ from jaxlab import interop
 from jaxlab.nn import dct
 from jaxlab.nn.conv import DepthwiseConv, StridedConv
 from jaxlab.nn.drop_path import DropPath, linear_rates
+from jaxlab.nn.initializers import torch_kernel
 from jaxlab.nn.module import check_images, precision
 from jaxlab.nn.product import Dense
 from jaxlab.nn.resize import adaptive_average_pool
@@ -46,7 +47,6 @@ FREQUENCIES = (
 Skip = Literal["fusion", "add", "add_before"]
 
 _dense_init = nn.initializers.truncated_normal(0.02)
-_conv_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # torch's default
 
 
 class ECA(nn.Module):
@@ -65,7 +65,7 @@ class ECA(nn.Module):
   @nn.compact
   def __call__(self, v: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
     """Args: v, statistics of channels. Returns as many, before the sigmoid."""
-    conv = nn.Conv(1, (taps(v.shape[-1]),), use_bias=False, kernel_init=_conv_init, name="conv", **precision(self))
+    conv = nn.Conv(1, (taps(v.shape[-1]),), use_bias=False, kernel_init=torch_kernel, name="conv", **precision(self))
     return conv(v[..., None])[..., 0]
 
 
@@ -108,7 +108,7 @@ class Block(nn.Module):
     options, channels = precision(self), x.shape[-1]
     inner = self.expand * channels
     dense: Any = functools.partial(Dense, use_bias=False, kernel_init=_dense_init, **options)
-    conv: Any = functools.partial(DepthwiseConv, 3, kernel_init=_conv_init, **options)
+    conv: Any = functools.partial(DepthwiseConv, 3, kernel_init=torch_kernel, **options)
     norm = functools.partial(nn.LayerNorm, 1e-5, **options)
 
     u = norm(name="norm")(x)
@@ -291,7 +291,7 @@ class CVMHUNet(nn.Module):
     x = images.astype(self.dtype)
     if height % unit or width % unit:
       x = jnp.pad(x, ((0, 0), (0, -height % unit), (0, -width % unit), (0, 0)), mode="edge")
-    x = StridedConv(self.widths[0], 4, 4, kernel_init=_conv_init, name="embed", **options)(x)
+    x = StridedConv(self.widths[0], 4, 4, kernel_init=torch_kernel, name="embed", **options)(x)
     x = norm(name="embed_norm")(x)
     entered, left = [], []
     for i, rates in enumerate(linear_rates(self.drop_path, self.encoder_depths)):

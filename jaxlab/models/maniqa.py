@@ -36,23 +36,17 @@ from jaxlab.nn import transformer
 from jaxlab.nn.attention import multi_head_attention
 from jaxlab.nn.drop_path import DropPath, linear_rates
 from jaxlab.nn.dropout import dropout
+from jaxlab.nn.initializers import torch_bias, torch_kernel
 from jaxlab.nn.module import check_images, precision
 from jaxlab.nn.product import Dense
 from jaxlab.nn.window_attention import window_attention
 
-# PyTorch's defaults: weights and biases uniform within 1 / sqrt(fan_in).
-_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 _vit_init = nn.initializers.normal(0.02)
-
-
-def _bias_init(fan_in: int) -> nn.initializers.Initializer:
-  bound = fan_in**-0.5
-  return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def _linear(module: nn.Module, x: Array, features: int, name: str, **changes: Any) -> Array:
   """A dense layer of `module` as PyTorch starts it."""
-  init: dict[str, Any] = {"kernel_init": _kernel_init, "bias_init": _bias_init(x.shape[-1]), **changes}
+  init: dict[str, Any] = {"kernel_init": torch_kernel, "bias_init": torch_bias(x.shape[-1]), **changes}
   return Dense(features, name=name, **init, **precision(module))(x)
 
 
@@ -200,8 +194,8 @@ class SwinStage(nn.Module):
         shift = window // 2 if j % 2 and min(x.shape[1:3]) > window else 0
         block = SwinBlock(self.num_heads[i], window, shift, self.mlp_width, rate, name=f"group{i}_block{j}", **options)
         y = block(y, train=train)
-      bias_init = _bias_init(9 * channels)
-      conv = nn.Conv(channels, (3, 3), kernel_init=_kernel_init, bias_init=bias_init, name=f"group{i}_conv", **options)
+      bias_init = torch_bias(9 * channels)
+      conv = nn.Conv(channels, (3, 3), kernel_init=torch_kernel, bias_init=bias_init, name=f"group{i}_conv", **options)
       x = x + self.scale * nn.relu(conv(y))
     return x
 

@@ -20,10 +20,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxlab import interop, kernels
 from jaxlab.nn import _causal_conv
+from jaxlab.nn.initializers import torch_kernel
 from jaxlab.nn.selective_scan import Discretization, selective_scan
-
-# U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch's default for weights.
-_torch_kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class MambaMixer(nn.Module):
@@ -64,7 +62,7 @@ class MambaMixer(nn.Module):
     features, inner = x.shape[-1], self.expand * x.shape[-1]
     rank = -(-features // 16) if self.dt_rank is None else self.dt_rank
     dense = lambda size, name: nn.Dense(
-      size, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=_torch_kernel, name=name
+      size, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=torch_kernel, name=name
     )
     hidden, gate = jnp.split(dense(2 * inner, "in_proj")(x), 2, axis=-1)
     hidden = nn.silu(
@@ -245,7 +243,7 @@ class BidirectionalMamba(nn.Module):
       backward = mixer(reverse=True, recurrent=not self.last_only, name="backward")
       total = total + backward(normed[..., wanted, :], starts)
     out = nn.Dense(
-      x.shape[-1], use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=_torch_kernel, name="out"
+      x.shape[-1], use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=torch_kernel, name="out"
     )
     return x[..., wanted, :] + out(total)
 

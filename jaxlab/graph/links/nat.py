@@ -41,6 +41,7 @@ from jaxlab import checks, interop
 from jaxlab.data.temporal import Batches
 from jaxlab.graph import evaluation, layers
 from jaxlab.graph.links._caches import Slots, insert, join, slot_of, sum_by_key
+from jaxlab.nn.initializers import torch_bias, torch_kernel
 from jaxlab.train.learner import Learner
 
 
@@ -105,7 +106,7 @@ class GRU(nn.Module):
     """The next hidden state."""
 
     def gates(name, x):
-      width, bound = 3 * self.features, layers.torch_bias(self.features)
+      width, bound = 3 * self.features, torch_bias(self.features)
       kernel = self.param(f"{name}_kernel", bound, (x.shape[-1], width), self.param_dtype)
       bias = self.param(f"{name}_bias", bound, (width,), self.param_dtype)
       y = x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
@@ -191,7 +192,7 @@ class NAT(nn.Module):
     def message(width, name, node, edge, time):
       # W [self(node); edge; T(time)], one block of W at a time.
       shape = (self.self_dim + tables.edge.shape[-1] + self.time_dim, width)
-      kernel = self.param(f"{name}_kernel", layers.torch_kernel, shape, self.param_dtype).astype(self.dtype)
+      kernel = self.param(f"{name}_kernel", torch_kernel, shape, self.param_dtype).astype(self.dtype)
       blocks = jnp.split(kernel, [self.self_dim, self.self_dim + tables.edge.shape[-1]])
       if len(memory.self_rep) <= node.size:  # every node once is less work than each that is asked for
         y = (memory.self_rep.astype(self.dtype) @ blocks[0])[node]
@@ -301,7 +302,7 @@ def _twice(a):
 
 
 def _head(features, fan_in, model, name):
-  xavier, bias = nn.initializers.xavier_normal(), layers.torch_bias(fan_in)
+  xavier, bias = nn.initializers.xavier_normal(), torch_bias(fan_in)
   return nn.Dense(features, True, model.dtype, model.param_dtype, kernel_init=xavier, bias_init=bias, name=name)
 
 

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 
 from jaxlab import checks, interop
 from jaxlab.graph import layers, sparse, structure
+from jaxlab.nn.initializers import torch_bias, torch_kernel
 
 
 class Features(NamedTuple):
@@ -125,8 +126,8 @@ class AdaptivePropagation(nn.Module):
   ) -> tuple[Float[Array, "n c"], Features | None]:
     """Sums on the fly, so that K hops need the memory of one unless `features` asks for all of them."""
     classes = z.shape[-1]
-    s = self.param("kernel", layers.torch_kernel, (classes, 1), self.param_dtype)
-    b = self.param("bias", layers.torch_bias(classes), (1,), self.param_dtype)
+    s = self.param("kernel", torch_kernel, (classes, 1), self.param_dtype)
+    b = self.param("bias", torch_bias(classes), (1,), self.param_dtype)
 
     def gate(h):
       return nn.sigmoid(h.astype("float32") @ jnp.asarray(s, "float32") + b)  # [N, 1]

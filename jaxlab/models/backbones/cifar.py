@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 from jaxlab import checks, interop
 from jaxlab.nn.batch_norm import BatchNormAct
 from jaxlab.nn.conv import StridedConv
+from jaxlab.nn.initializers import torch_bias, torch_kernel
 from jaxlab.nn.module import precision
 
 Kind = Literal["resnet", "vgg"]
@@ -162,21 +163,7 @@ def conv(features: int, size: int, stride: int = 1, **options: Any) -> nn.Module
 
 def linear(features: int, inputs: int, **options: Any) -> nn.Dense:
   """A dense layer of `inputs` channels whose weights and biases start uniform in +-1 / sqrt(inputs)."""
-  return nn.Dense(
-    features,
-    kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
-    bias_init=uniform_bias(inputs),
-    **options,
-  )
-
-
-def uniform_bias(inputs: int) -> jax.nn.initializers.Initializer:
-  """Uniform in +-1 / sqrt(inputs), PyTorch's default."""
-
-  def init(key: Array, shape: Sequence[Any], dtype: Any = jnp.float32, out_sharding: Any = None) -> Array:
-    return jax.random.uniform(key, shape, dtype, -(inputs**-0.5), inputs**-0.5)
-
-  return init
+  return nn.Dense(features, kernel_init=torch_kernel, bias_init=torch_bias(inputs), **options)
 
 
 def average_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b c"]:

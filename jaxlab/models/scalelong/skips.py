@@ -5,9 +5,10 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from jaxlab import checks
+from jaxlab.nn.initializers import torch_bias, torch_kernel
 from jaxlab.nn.module import precision
 
 Scaling = Literal["none", "inv_sqrt2", "constant", "learned", "learned_each"]
@@ -53,13 +54,7 @@ class Gate(nn.Module):
       raise ValueError(f"scaling: got a learned kind over {size} entries, expected at least {REDUCTION} of them")
 
     def dense(inputs: int, outputs: int, name: str) -> nn.Dense:
-      # PyTorch's default: U(-1 / sqrt(inputs), 1 / sqrt(inputs)) for weights and biases.
-      kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-
-      def bias(key: Key[Array, ""], shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Array:
-        return jax.random.uniform(key, shape, dtype, -(inputs**-0.5), inputs**-0.5)
-
-      return nn.Dense(outputs, kernel_init=kernel, bias_init=bias, name=name, **precision(self))
+      return nn.Dense(outputs, kernel_init=torch_kernel, bias_init=torch_bias(inputs), name=name, **precision(self))
 
     hidden = nn.relu(dense(size, size // REDUCTION, "squeeze")(pooled))
     return nn.sigmoid(dense(size // REDUCTION, size, "excite")(hidden))

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from jaxlab import checks, interop
 from jaxlab.graph import layers, sparse
 from jaxlab.graph.links.topological_concentration.measures import Receiver
+from jaxlab.nn.initializers import torch_bias
 
 Conv = Literal["gcn", "sage"]
 
@@ -45,7 +46,7 @@ class WeightedSAGEConv(nn.Module):
   def __call__(self, operator: sparse.Operator, x: layers.Features) -> Float[Array, "n features"]:
     """[N, F] -> [N, features]."""
     linear = lambda name: layers.Linear(self.features, False, "torch", self.dtype, self.param_dtype, name=name)
-    bias = self.param("bias", layers.torch_bias(x.shape[-1]), (self.features,), self.param_dtype)
+    bias = self.param("bias", torch_bias(x.shape[-1]), (self.features,), self.param_dtype)
     y = sparse.propagate(operator, linear("neighbor")(x)) + linear("root")(x) + jnp.asarray(bias, self.dtype)
     if self.normalize:
       length = jnp.sqrt(jnp.sum(jnp.square(y.astype("float32")), axis=-1, keepdims=True) + 1e-24)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxlab import interop
 from jaxlab.graph import sparse
-from jaxlab.graph.layers import torch_bias, torch_kernel
+from jaxlab.nn.initializers import torch_bias, torch_kernel
 
 Kind = Literal["gcn", "sage", "gat"]
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from jaxlab.graph import layers, sparse
 from jaxlab.graph.layers import Features
+from jaxlab.nn.initializers import torch_bias, torch_kernel
 
 
 class Posterior(NamedTuple):
@@ -148,8 +149,8 @@ class PairLinear(nn.Module):
   def __call__(self, a: Features, b: Features) -> Float[Array, "n features"]:
     """[N, F_a], [N, F_b] -> [N, features]."""
     split, fan_in = a.shape[1], a.shape[1] + b.shape[1]
-    kernel = self.param("kernel", layers.torch_kernel, (fan_in, self.features), self.param_dtype)
-    bias = self.param("bias", layers.torch_bias(fan_in), (self.features,), self.param_dtype)
+    kernel = self.param("kernel", torch_kernel, (fan_in, self.features), self.param_dtype)
+    bias = self.param("bias", torch_bias(fan_in), (self.features,), self.param_dtype)
     kernel, bias = jnp.asarray(kernel, self.dtype), jnp.asarray(bias, self.dtype)
 
     def times(x, w):
