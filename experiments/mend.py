@@ -344,9 +344,8 @@ def costs(config: Config, task: Task) -> dict[str, np.ndarray]:
     rows["editor"].append(sum(leaf.nbytes for leaf in jax.tree.leaves(state.params)) / 1e6)
     for name, program in (("edit", edit), ("fine-tuning", tuned)):
       rows[name].append(program.memory_analysis().temp_size_in_bytes / 1e6)
-    run_edit = lambda: edit(base, trained=state.variables, sentences=sentence)  # noqa: B023
-    rows["edit time"].append(_seconds(run_edit))
-    rows["fine-tuning time"].append(_seconds(lambda: tuned(base, sentence)))  # noqa: B023
+    rows["edit time"].append(_seconds(functools.partial(edit, base, trained=state.variables, sentences=sentence)))
+    rows["fine-tuning time"].append(_seconds(functools.partial(tuned, base, sentence)))
   return {name: np.array(values, float) for name, values in rows.items()}
 
 

@@ -256,8 +256,7 @@ def encode(message: Quantized, method: Method | None = None) -> bytes:
     raise ValueError(f"message: got symbols of shape {symbols.shape}, expected [N] from 0 to {len(centroids) - 1}")
   if method is None:
     return min((encode(message, m) for m in METHODS), key=len)
-  if method not in METHODS:
-    raise ValueError(f"method: got {method!r}, expected one of {METHODS}")
+  checks.choice("method", method, METHODS)
   head = bytes([METHODS.index(method)]) + centroids.tobytes()
   counts = np.bincount(symbols, minlength=len(centroids))
   n, implicit = len(symbols), int(counts.argmax())

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlab import interop
+from jaxlab import checks, interop
 from jaxlab.nn import dct
 from jaxlab.nn.conv import DepthwiseConv, StridedConv
 from jaxlab.nn.drop_path import DropPath, linear_rates
@@ -158,8 +158,7 @@ class Fusion(nn.Module):
     """
     if encoded.shape != decoded.shape:
       raise ValueError(f"decoded: got shape {decoded.shape}, expected that of encoded, {encoded.shape}")
-    if self.attention not in ("conv", "dense"):
-      raise ValueError(f"attention: got {self.attention!r}, expected 'conv' or 'dense'")
+    checks.choice("attention", self.attention, ("conv", "dense"))
     options, channels = precision(self), encoded.shape[-1]
     dense: Any = functools.partial(Dense, use_bias=False, kernel_init=_dense_init, **options)
     few = max(channels // 4, 1)
@@ -338,12 +337,9 @@ class CVMHUNet(nn.Module):
       raise ValueError(f"pool_sizes: got {self.pool_sizes}, expected one for each of {stages} stages but the last")
     if not stages or self.widths[0] % 4 or min(self.widths) < 1:
       raise ValueError(f"widths: got {self.widths}, expected channels of each stage, the first a multiple of 4")
-    if self.skip not in ("fusion", "add", "add_before"):
-      raise ValueError(f"skip: got {self.skip!r}, expected 'fusion', 'add' or 'add_before'")
-    if self.num_classes < 1:
-      raise ValueError(f"num_classes: got {self.num_classes}, expected at least 1")
-    if not 0 <= self.drop_path < 1:
-      raise ValueError(f"drop_path: got {self.drop_path}, expected a probability in [0, 1)")
+    checks.choice("skip", self.skip, Skip)
+    checks.count("num_classes", self.num_classes)
+    checks.rate("drop_path", self.drop_path)
 
 
 def _norm(module: Any, train: bool, name: str) -> nn.BatchNorm:

@@ -419,9 +419,7 @@ _VARIANTS: dict[str, tuple[dict[str, Any], int, int]] = {
 
 
 def _variant(letter: str) -> tuple[dict[str, Any], int, int]:
-  if letter not in _VARIANTS:
-    raise ValueError(f"variant: got {letter!r}, expected one of {sorted(_VARIANTS)}")
-  return _VARIANTS[letter]
+  return _VARIANTS[checks.choice("variant", letter, _VARIANTS)]
 
 
 def encoder(variant: str = "T", num_classes: int = 1000, **overrides: Any) -> Encoder:

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from jaxlab import interop, train
+from jaxlab import checks, interop, train
 from jaxlab.nn.module import precision
 from jaxlab.nn.volume import Conv3D, InstanceNorm, fan_in_normal
 
@@ -196,9 +196,7 @@ def stu_net(variant: Literal["S", "B", "L", "H"], num_classes: int = 105, **over
   Raises:
     ValueError: an unknown variant.
   """
-  if variant not in VARIANTS:
-    raise ValueError(f"variant: got {variant!r}, expected one of {', '.join(VARIANTS)}")
-  width, depth = VARIANTS[variant]
+  width, depth = VARIANTS[checks.choice("variant", variant, VARIANTS)]
   shape = {"widths": scaled_widths(width), "depths": (depth,) * 6}
   return STUNet(**{"num_classes": num_classes, **shape, **overrides})
 

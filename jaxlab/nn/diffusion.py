@@ -14,6 +14,7 @@ Ermon, "Denoising Diffusion Implicit Models", ICLR 2021; Lu et al., "DPM-Solver+
 for Generative Modeling", ICLR 2023.
 """
 
+import abc
 import dataclasses
 import math
 from collections.abc import Callable
@@ -31,20 +32,20 @@ Spacing = Literal["time", "log_snr"]
 Denoiser: TypeAlias = Callable[[Float[Array, "b *d"], Float[Array, ""]], tuple[Array, Array]]
 
 
-class Process:
+class Process(abc.ABC):
   """A Gaussian path; subclasses define `log_alpha`, `variance` and `time`. Times are in [0, 1], of any shape."""
 
+  @abc.abstractmethod
   def log_alpha(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """Logarithm of what is left of the data."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def variance(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """sigma(t)^2, exact near t = 0."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def time(self, half_log_snr: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """The inverse of `half_log_snr`."""
-    raise NotImplementedError
 
   def alpha(self, t: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """Scale of the data."""

@@ -15,6 +15,8 @@ import scipy.special
 from flax import struct
 from jaxtyping import Array, Float
 
+from jaxlab import checks
+
 Section: TypeAlias = Callable[[Float[Array, "... p d"]], Float[Array, "... q e"]]
 Network: TypeAlias = Sequence[Section]
 Activation: TypeAlias = Literal["identity", "relu", "gelu", "gelu_tanh"]
@@ -161,8 +163,7 @@ def with_one(x: Float[Array, "... d"]) -> Float[Array, "... d+1"]:
 
 def _unit(activation: str) -> float:
   """What the activation maps to 1."""
-  if activation not in ACTIVATIONS:
-    raise ValueError(f"activation: got {activation!r}, expected one of {list(ACTIVATIONS)}")
+  checks.choice("activation", activation, ACTIVATIONS)
   if activation in ("identity", "relu"):
     return 1.0
   normal = scipy.special.ndtr if activation == "gelu" else _ndtr_tanh

@@ -654,7 +654,5 @@ def _check_model(model: NAT) -> None:
     if getattr(model, name) < 1:
       raise ValueError(f"{name}: got {getattr(model, name)}, expected at least 1")
   checks.rate("dropout", model.dropout)
-  if not 0 <= model.replace_prob <= 1:
-    raise ValueError(f"replace_prob: got {model.replace_prob}, expected a probability")
-  if model.aggregation not in ("sum", "attention"):
-    raise ValueError(f"aggregation: got {model.aggregation!r}, expected 'sum' or 'attention'")
+  checks.real("replace_prob", model.replace_prob)
+  checks.choice("aggregation", model.aggregation, ("sum", "attention"))

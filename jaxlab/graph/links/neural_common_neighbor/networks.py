@@ -356,8 +356,7 @@ class Head(nn.Module):
 
   def _check(self, x, pairs):
     checks.choice("variant", self.variant, Variant)
-    if self.inner not in ("official", "paper"):
-      raise ValueError(f"inner: got {self.inner!r}, expected 'official' or 'paper'")
+    checks.choice("inner", self.inner, ("official", "paper"))
     if self.chunk is not None and self.chunk < 1:
       raise ValueError(f"chunk: got {self.chunk}, expected at least 1, or None")
     if self.depth < 0:

@@ -246,8 +246,7 @@ class LAOGB(_Network):
     train: bool = False,
   ) -> Float[Array, "n classes"]:
     """As `LAGCN`; for "sage" pass a graph, or its operator, without self-loops."""
-    if self.convolution not in ("gcn", "sage"):
-      raise ValueError(f"convolution: got {self.convolution!r}, expected 'gcn' or 'sage'")
+    checks.choice("convolution", self.convolution, ("gcn", "sage"))
     if self.depth < 2:
       raise ValueError(f"depth: got {self.depth}, expected at least 2")
     inputs, operator = self._inputs(graph, generated, operator, weighted=self.convolution == "gcn")

@@ -173,10 +173,8 @@ class SIRGCN(nn.Module):
       ValueError: while tracing, as `SIRConv` does.
     """
     _check_network(self, graph, 1 if isinstance(self.encoder, int) else 2)
-    if self.residual not in ("identity", "linear"):
-      raise ValueError(f"residual: got {self.residual!r}, expected 'identity' or 'linear'")
-    if self.pool not in (None, "sum", "mean"):
-      raise ValueError(f"pool: got {self.pool!r}, expected 'sum', 'mean' or None")
+    checks.choice("residual", self.residual, ("identity", "linear"))
+    checks.choice("pool", self.pool, ("sum", "mean", None))
     mask = structure.node_mask(graph)
     drop: Any = lambda rate, v: layers.Dropout(rate)(v, train=train)
     options = (self.axis_name, self.dtype, self.param_dtype)
