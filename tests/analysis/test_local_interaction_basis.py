@@ -19,15 +19,6 @@ def wide(tree):
   return jax.tree.map(lambda a: np.asarray(a, "float64"), tree)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiler():
-  """Programs here run for microseconds, so all the time is the compiler's."""
-  before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
-
-
 # ------------------------------------------------------------------------------------------------------ golden outputs
 
 RUNS = {

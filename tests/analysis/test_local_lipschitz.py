@@ -14,8 +14,6 @@ import pytest
 from jaxlab.analysis import local_lipschitz as ll
 
 METHODS = ("lip_crown", "recurjac", "interval")
-# Programs here run for microseconds, so all the time is the compiler's.
-compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +83,7 @@ def sampled(weights, box, count, seed=0):
   return jacobians(weights, low + share * (high - low))
 
 
-@functools.partial(compiled, static_argnames=("steps",))
+@functools.partial(jax.jit, static_argnames=("steps",))
 def everything(network, box, steps=0):
   """Forward bounds, and the bound of every method."""
   found = ll.optimize(network, box, steps=steps) if steps else ll.forward(network, box)
@@ -167,12 +165,12 @@ OFFICIAL = {  # layers, input shape, from_torch's options
 }
 
 
-@compiled
+@jax.jit
 def with_alpha(network, box):
   return ll.lipschitz(network, ll.optimize(network, box))
 
 
-@compiled
+@jax.jit
 def compared(network, box, v):
   found = ll.forward(network, box)
   recurjac = ll.lipschitz(network, found, method="recurjac")
@@ -257,7 +255,7 @@ def test_sound_and_in_order(kind, radius):
       a = np.maximum(z, 0)
 
 
-@compiled
+@jax.jit
 def derivatives(network, found, v):
   return ll.jacobian(network, found), ll.jvp(network, found, v)
 
@@ -268,13 +266,13 @@ def test_radius_zero_is_the_gradient(kind):
   rng = np.random.default_rng(5)
   network, x = make(rng), rng.uniform(size=shape)
   found, bounds = everything(network, ll.box(x, 0.0))
-  gradient = compiled(jax.jacobian(ll.apply, 1))(network, x)
+  gradient = jax.jit(jax.jacobian(ll.apply, 1))(network, x)
   for value in bounds.values():
     np.testing.assert_allclose(value, np.abs(gradient).reshape(3, -1).sum(1), rtol=1e-6)
   slopes, along = derivatives(network, found, x)
   np.testing.assert_allclose(slopes.lower, gradient, atol=1e-9)
   np.testing.assert_allclose(along.upper, np.sum(gradient * x, (1, 2, 3) if len(shape) == 3 else 1), atol=1e-9)
-  np.testing.assert_allclose(compiled(ll.apply)(network, x), found[-1].upper, atol=1e-9)
+  np.testing.assert_allclose(jax.jit(ll.apply)(network, x), found[-1].upper, atol=1e-9)
 
 
 def test_convolutions_are_matrices():
@@ -292,10 +290,10 @@ def test_convolutions_are_matrices():
 def test_chunks_change_nothing():
   network, box = fixture(), ll.box(X, 0.05)
   found, bounds = everything(network, box)
-  chunked = compiled(functools.partial(ll.forward, chunk=4))(network, box)
+  chunked = jax.jit(functools.partial(ll.forward, chunk=4))(network, box)
   for ours, whole in zip(chunked, found, strict=True):
     np.testing.assert_allclose(ours, whole, atol=1e-12)
-  ours = compiled(functools.partial(ll.lipschitz, chunk=3))(network, chunked)
+  ours = jax.jit(functools.partial(ll.lipschitz, chunk=3))(network, chunked)
   np.testing.assert_allclose(ours, bounds["lip_crown"], rtol=1e-12)
 
 
@@ -362,7 +360,7 @@ def test_branch_and_bound_stopped_early_is_sound():
   assert before.max() < np.asarray(bounds["lip_crown"]).max()
 
 
-@compiled
+@jax.jit
 def of_rows(network, found, rows):
   return ll.lipschitz(network, found, rows=rows)
 
@@ -391,7 +389,7 @@ def test_monotonicity():
     ll.Dense(np.abs(rng.standard_normal((5, 2))), np.zeros(2)),
   )
   x = np.full(4, 0.4)
-  certify = compiled(ll.monotonicity, static_argnames="method")
+  certify = jax.jit(ll.monotonicity, static_argnames="method")
   found = certify(network, x, np.arange(4))
   assert found.direction.tolist() == [1, -1, 0, 1]  # the last moves nothing, so it never falls
   weights = matrices(network, (4,))
@@ -406,7 +404,7 @@ def test_monotonicity():
 
 def test_alpha_of_margins_and_one_layer():
   network = fixture()
-  margins = compiled(functools.partial(ll.optimize, label=1, steps=5))(network, ll.box(X, 0.05))
+  margins = jax.jit(functools.partial(ll.optimize, label=1, steps=5))(network, ll.box(X, 0.05))
   first, _ = everything(network, ll.box(X, 0.05))
   assert all((m.lower >= f.lower).all() for m, f in zip(margins, first, strict=True))
   linear = dense(np.random.default_rng(0), (4, 3))
@@ -423,7 +421,7 @@ def test_gradients_reach_the_weights():
   """The bound can be trained."""
   network = fixture()
   loss = lambda n: ll.lipschitz(n, ll.forward(n, ll.box(X, 0.2))).max()
-  value, gradient = compiled(jax.value_and_grad(loss))(network)
+  value, gradient = jax.jit(jax.value_and_grad(loss))(network)
   step = jax.tree.map(lambda w, g: w - 1e-3 * g, network, gradient)
   assert all(np.isfinite(a).all() for a in jax.tree.leaves(gradient))
-  assert compiled(loss)(step) < value
+  assert jax.jit(loss)(step) < value

@@ -20,7 +20,7 @@ for i in range(N - 1):
   PATH[i, i + 1] = PATH[i + 1, i] = True
 NOBODY = np.zeros(N, bool)
 LEARNER = dp.learner(tiny.MOMENTUM, simulator.Work(4, 2))
-INIT, STEP = tiny.jit(LEARNER.init), tiny.jit(LEARNER.step)  # one program for all worlds below
+INIT, STEP = jax.jit(LEARNER.init), jax.jit(LEARNER.step)  # one program for all worlds below
 
 
 def world(removed=(), time=2, adjacency=PATH, data=None):
@@ -79,10 +79,10 @@ def test_nothing_happens_before_its_time_or_to_nobody():
 def test_complete_graph_and_one_full_step_are_central_gradient_descent():
   learner = dp.learner(tiny.SGD, simulator.Work())
   given = world(adjacency=~np.eye(N, dtype=bool))
-  state = tiny.jit(learner.init)(jax.random.key(0), given)
+  state = jax.jit(learner.init)(jax.random.key(0), given)
   start = jax.tree.map(lambda x: x[0], state.clients.params)
   for _ in range(3):
-    state, _ = tiny.jit(learner.step)(state, given)
+    state, _ = jax.jit(learner.step)(state, given)
   examples = given.clients.examples
   # A round averages, then trains: after 3 rounds an average is the third central step.
   central = tiny.descend(start, examples["image"], examples["label"], steps=3)
@@ -119,7 +119,7 @@ def test_consensus_converges_to_the_weighted_mean_at_the_rate_of_the_second_eige
   for c in range(found.components):
     inside = found.component == c
     limit[inside] = np.average(x[inside], axis=0, weights=degree[inside])
-  mixing = tiny.jit(gossip.mix)
+  mixing = jax.jit(gossip.mix)
   for _ in range(150):
     models = mixing(m, models)
     errors.append(np.abs(np.asarray(models["w"]) - limit).max())
@@ -132,7 +132,7 @@ def test_consensus_converges_to_the_weighted_mean_at_the_rate_of_the_second_eige
 
 def test_evaluation_is_of_every_peer():
   state = run(world([1], time=1), 2)
-  accuracy = tiny.jit(LEARNER.evaluate)(state, tiny.TEST)["accuracy"]
+  accuracy = jax.jit(LEARNER.evaluate)(state, tiny.TEST)["accuracy"]
   for i in range(N):
     params = jax.tree.map(lambda x, i=i: x[i], state.clients.params)
     hits = np.argmax(tiny.Net().apply({"params": params}, tiny.TEST["image"]), 1) == tiny.TEST["label"]
@@ -211,6 +211,6 @@ def test_parameter_count():
 
 def test_uncoordinated_starts_differ():
   learner = dp.learner(simulator.classifier(tiny.Net(), optax.sgd(0.1)), simulator.Work(), common=False)
-  apart = tiny.jit(learner.init)(jax.random.key(0), world())
+  apart = jax.jit(learner.init)(jax.random.key(0), world())
   assert gossip.consensus(INIT(jax.random.key(0), world()).clients.params) == 0
   assert gossip.consensus(apart.clients.params) > 0.1

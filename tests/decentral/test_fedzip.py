@@ -18,13 +18,13 @@ from jaxlab.decentral import fedzip, simulator
 PLACE = np.arange(1000)
 FIXTURE = np.sin(0.37 * PLACE + 0.1) * np.exp(-0.004 * PLACE) * (1 + 0.5 * np.cos(1.9 * PLACE))
 
-COUNT = tiny.jit(fedzip.bits)
+COUNT = jax.jit(fedzip.bits)
 
 
 @functools.cache
 def fixture():
-  pruned = tiny.jit(lambda x: fedzip.top(x, 0.8))(jnp.asarray(FIXTURE, jnp.float32))
-  return np.asarray(pruned), jax.device_get(tiny.jit(fedzip.quantize)(pruned))
+  pruned = jax.jit(lambda x: fedzip.top(x, 0.8))(jnp.asarray(FIXTURE, jnp.float32))
+  return np.asarray(pruned), jax.device_get(jax.jit(fedzip.quantize)(pruned))
 
 
 # ------------------------------------------------------------------------------------------------------------- fixture
@@ -60,7 +60,7 @@ def test_official_outputs():
   file = np.load(golden_rule.GOLDEN / "fedzip.npz")
   names = [name.removeprefix("in.") for name in file.files if name.startswith("in.")]
   assert sorted(names) == ["bias", "fixture", "heavy", "kernel", "normal"]
-  run = tiny.jit(lambda update: (messages := fedzip.compress(update, sparsity=0.8), fedzip.restore(messages, update)))
+  run = jax.jit(lambda update: (messages := fedzip.compress(update, sparsity=0.8), fedzip.restore(messages, update)))
   given = {name: jnp.asarray(file[f"in.{name}"]) for name in names}
   messages, restored = jax.device_get(run(given))
   for message, name in zip(messages, sorted(names), strict=True):
@@ -149,7 +149,7 @@ def test_ties_at_the_threshold_all_stay():
 def test_order_and_scale():
   x = np.asarray(fixture()[0])
   order = np.random.default_rng(0).permutation(1000)
-  quantize = tiny.jit(fedzip.quantize)
+  quantize = jax.jit(fedzip.quantize)
   message, permuted, scaled = fixture()[1], quantize(jnp.asarray(x[order])), quantize(jnp.asarray(3 * x))
   np.testing.assert_array_equal(permuted.symbols, message.symbols[order])
   np.testing.assert_array_equal(scaled.symbols, message.symbols)
@@ -157,7 +157,7 @@ def test_order_and_scale():
 
 
 def test_lloyd_steps_lower_the_error_where_zeros_are_apart_but_not_by_the_official_rule():
-  apart = {i: tiny.jit(functools.partial(fedzip.quantize, iterations=i, zero_aware=True)) for i in (1, 2, 4)}
+  apart = {i: jax.jit(functools.partial(fedzip.quantize, iterations=i, zero_aware=True)) for i in (1, 2, 4)}
   for seed in range(4):
     x = np.random.default_rng(seed).standard_normal(60).astype("float32")
     x[::3] = 0
@@ -203,9 +203,9 @@ def test_without_compression_it_is_fedavg():
 
 def test_a_round_averages_what_the_streams_hold():
   learner = fedzip.learner(tiny.SGD, FULL, server_rate=0.5)
-  state = tiny.jit(learner.init)(jax.random.key(0), DATA)
-  after, metrics = tiny.jit(learner.step)(state, DATA)
-  total, sent, compress = jax.tree.map(np.zeros_like, state.model), 0, tiny.jit(fedzip.compress)
+  state = jax.jit(learner.init)(jax.random.key(0), DATA)
+  after, metrics = jax.jit(learner.step)(state, DATA)
+  total, sent, compress = jax.tree.map(np.zeros_like, state.model), 0, jax.jit(fedzip.compress)
   for index in DATA.index:
     local = tiny.descend(state.model["params"], *(DATA.examples[k][index] for k in ("image", "label")))
     update = {"params": jax.tree.map(lambda a, b: jnp.asarray(a - b, jnp.float32), local, state.model["params"])}
@@ -228,8 +228,8 @@ def test_biases_are_not_pruned():
 def test_feedback_sends_later_what_was_left_out():
   codec = fedzip.top_codec(0.1, feedback=True)
   learner = simulator.federated(tiny.SGD, FULL, codec=codec)
-  state = tiny.jit(learner.init)(jax.random.key(0), DATA)
-  after, _ = tiny.jit(learner.step)(state, DATA)
+  state = jax.jit(learner.init)(jax.random.key(0), DATA)
+  after, _ = jax.jit(learner.step)(state, DATA)
   start, moved = state.model["params"], after.model["params"]
   uncompressed = jax.tree.map(
     lambda *p: np.mean(p, 0),

@@ -162,11 +162,11 @@ def test_without_failures_it_is_fedavg_on_the_same_samples(s, a):
   choose = None if s == 8 else lambda key, round, n: samples[round]
   federated = simulator.federated(tiny.MOMENTUM, WORK, by_size=False, choose=choose)
   # The same start: that of the clients' common model.
-  given = tiny.jit(federated.init)(jax.random.key(0), DATA)
-  first = tiny.jit(LEARNER.init)(jax.random.key(0), modest.plan(trace, DATA))
+  given = jax.jit(federated.init)(jax.random.key(0), DATA)
+  first = jax.jit(LEARNER.init)(jax.random.key(0), modest.plan(trace, DATA))
   given = given.replace(model=jax.tree.map(lambda x: x[0], first.models))
   for _ in range(4):
-    given, _ = tiny.jit(federated.step)(given, DATA)
+    given, _ = jax.jit(federated.step)(given, DATA)
   for i in range(a):
     chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], state.models), given.model, atol=1e-6)
   assert int(history[-1]["sent"]) == sum(trace.models)
@@ -179,10 +179,10 @@ def test_averages_of_different_subsets_are_followed_by_those_who_took_them():
   )  # fmt: skip
   learner = modest.learner(tiny.SGD, simulator.Work())
   plan = modest.plan(trace, DATA)
-  state = tiny.jit(learner.init)(jax.random.key(0), plan)
+  state = jax.jit(learner.init)(jax.random.key(0), plan)
   start = jax.tree.map(lambda x: x[0], state.models["params"])
   for _ in range(2):
-    state, _ = tiny.jit(learner.step)(state, plan)
+    state, _ = jax.jit(learner.step)(state, plan)
   train = lambda w, i: tiny.descend(w, *(DATA.examples[k][DATA.index[i]] for k in ("image", "label")))
   mean = lambda a, b: jax.tree.map(lambda x, y: (x + y) / 2, a, b)
   first, second = mean(train(start, 0), train(start, 1)), mean(train(start, 1), train(start, 2))
@@ -196,7 +196,7 @@ def test_averages_of_different_subsets_are_followed_by_those_who_took_them():
 def test_golden():
   state = json.loads(str(GOLDEN["manifest"]))["state"]
   given = modest.from_torch({name: golden_rule.tensor(name, tuple(shape)) for name, shape in state})
-  np.testing.assert_allclose(tiny.jit(modest.GNLeNet().apply)(given, GOLDEN["in.x"]), GOLDEN["out"], atol=2e-5)
+  np.testing.assert_allclose(jax.jit(modest.GNLeNet().apply)(given, GOLDEN["in.x"]), GOLDEN["out"], atol=2e-5)
 
 
 def test_parameter_counts():

@@ -71,7 +71,7 @@ def test_one_peer_exponential_averages_exactly_after_a_period():
 
 
 def test_random_rows_have_the_stated_sizes_and_mean():
-  draw = tiny.jit(jax.vmap(gossip.random, (0, None, None)))
+  draw = jax.jit(jax.vmap(gossip.random, (0, None, None)))
   keys, everyone = jax.random.split(jax.random.key(0), 4000), np.ones((5, 5), bool)
   for peers, sizes in ((0.2, {1: 0.8, 2: 0.2}), (2.0, {3: 1.0}), (4.0, {5: 1.0}), (9.0, {5: 1.0})):
     matrices = np.asarray(draw(keys, peers, everyone))
@@ -116,7 +116,7 @@ def test_mixing_is_a_matrix_product_and_consensus_its_spread():
 def test_many_models_are_mixed_by_few_entries_or_by_all_alike():
   rng = np.random.default_rng(0)
   models = {"a": rng.standard_normal((70, 3)).astype("float32"), "b": rng.standard_normal((70, 2, 2)).astype("float32")}
-  mixing = tiny.jit(gossip.mix)
+  mixing = jax.jit(gossip.mix)
   for entries in (1, 2, 3, 8, 9, 70):
     matrix = np.zeros((70, 70), "float32")
     for row in matrix:
@@ -149,9 +149,9 @@ def test_a_number_of_steps_runs_through_passes():
 
 def test_clients_train_as_if_alone_and_the_idle_do_not_change():
   data = tiny.clients((6, 0, 5, 2))
-  states = tiny.jit(lambda key: simulator.start(tiny.MOMENTUM, key, data, common=False))(jax.random.key(0))
+  states = jax.jit(lambda key: simulator.start(tiny.MOMENTUM, key, data, common=False))(jax.random.key(0))
   keys, active = jax.random.split(jax.random.key(1), 4), np.array([True, True, True, False])
-  train_clients = tiny.jit(
+  train_clients = jax.jit(
     lambda s, active: simulator.train_clients(tiny.MOMENTUM, s, data, keys, simulator.Work(4, 2), active=active)
   )
   after, metrics = train_clients(states, active)
@@ -162,7 +162,7 @@ def test_clients_train_as_if_alone_and_the_idle_do_not_change():
   np.testing.assert_array_equal(after.step, [4, 0, 4, 0])
   # Client 2: the same minibatches through the learner by itself.
   one = jax.tree.map(lambda x: x[2], states)
-  alone = tiny.jit(tiny.MOMENTUM.step)
+  alone = jax.jit(tiny.MOMENTUM.step)
   place, real = simulator.minibatches(keys[2], jnp.asarray(5), 6, simulator.Work(4, 2))
   for p, r in zip(place, real, strict=True):
     rows = data.index[2][p]
@@ -174,8 +174,8 @@ def test_clients_train_as_if_alone_and_the_idle_do_not_change():
 def test_fedavg_by_hand_with_unequal_clients():
   data = tiny.clients((6, 3, 2, 5))
   learner = simulator.federated(tiny.SGD, simulator.Work(None, epochs=2))
-  state = tiny.jit(learner.init)(jax.random.key(0), data)
-  after, _ = tiny.jit(learner.step)(state, data)
+  state = jax.jit(learner.init)(jax.random.key(0), data)
+  after, _ = jax.jit(learner.step)(state, data)
   total, expected = 16, jax.tree.map(np.zeros_like, state.model["params"])
   for index, count in zip(data.index, data.count, strict=True):
     rows = index[:count]
@@ -184,21 +184,21 @@ def test_fedavg_by_hand_with_unequal_clients():
   chex.assert_trees_all_close(after.model["params"], expected, atol=1e-6)
   slow = simulator.federated(tiny.SGD, simulator.Work(None, epochs=2), server_rate=0.1)
   tenth = jax.tree.map(lambda a, b: a + 0.1 * (b - a), state.model["params"], expected)
-  chex.assert_trees_all_close(tiny.jit(slow.step)(state, data)[0].model["params"], tenth, atol=1e-6)
+  chex.assert_trees_all_close(jax.jit(slow.step)(state, data)[0].model["params"], tenth, atol=1e-6)
 
 
 def test_fedavg_of_one_step_and_complete_gossip_are_central_gradient_descent():
   data = tiny.clients()
   federated = simulator.federated(tiny.SGD, FULL)
   state, history = tiny.run(federated, data, 3)
-  start = tiny.jit(federated.init)(jax.random.key(0), data).model["params"]
+  start = jax.jit(federated.init)(jax.random.key(0), data).model["params"]
   central = tiny.descend(start, data.examples["image"], data.examples["label"], steps=3)
   chex.assert_trees_all_close(state.model["params"], central, atol=1e-6)
   np.testing.assert_allclose(history[-1]["megabits"], 3 * 4 * 43 * 32e-6, rtol=1e-5)  # 43 weights, 4 clients
 
   gossiping = simulator.gossiping(tiny.SGD, FULL, gossip.complete(4)[None])
   state, history = tiny.run(gossiping, data, 3)
-  start = jax.tree.map(lambda x: x[0], tiny.jit(gossiping.init)(jax.random.key(0), data).clients.params)
+  start = jax.tree.map(lambda x: x[0], jax.jit(gossiping.init)(jax.random.key(0), data).clients.params)
   central = tiny.descend(start, data.examples["image"], data.examples["label"], steps=3)
   for i in range(4):
     chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], state.clients.params), central, atol=1e-6)
@@ -213,8 +213,8 @@ def test_merged_trajectory_of_quadratics_is_central_for_any_topology():
   learner = tiny.quadratic(a, rate)
   for topology in ("local", "left", "ring"):
     run = simulator.gossiping(learner, FULL, gossip.TOPOLOGIES[topology](n)[None])
-    state = tiny.jit(run.init)(jax.random.key(3), data)
-    theta, step = np.asarray(state.clients.params["theta"][0], np.float64), tiny.jit(run.step)
+    state = jax.jit(run.init)(jax.random.key(3), data)
+    theta, step = np.asarray(state.clients.params["theta"][0], np.float64), jax.jit(run.step)
     for _ in range(10):
       state, _ = step(state, data)
       theta = theta - rate * a.T @ (a @ theta - targets.mean(0))
@@ -225,8 +225,8 @@ def test_merged_trajectory_of_quadratics_is_central_for_any_topology():
 def test_chosen_clients_alone_matter_and_optimizers_start_afresh():
   data = tiny.clients()
   learner = simulator.federated(tiny.MOMENTUM, FULL, choose=simulator.some_clients(2))
-  state = tiny.jit(learner.init)(jax.random.key(5), data)
-  step = tiny.jit(learner.step)
+  state = jax.jit(learner.init)(jax.random.key(5), data)
+  step = jax.jit(learner.step)
   seen = set()
   for _ in range(6):
     picks = jax.random.split(state.key, 3)[0]
@@ -246,13 +246,13 @@ def test_evaluation_is_per_client_and_of_the_merged_model():
   data = tiny.clients()
   learner = simulator.gossiping(tiny.SGD, simulator.Work(2, 3), gossip.local(4)[None])
   state, _ = tiny.run(learner, data, 20)
-  own = tiny.jit(lambda s: simulator.evaluate_clients(tiny.SGD, s, tiny.TEST, at_once=3)["accuracy"])(state.clients)
+  own = jax.jit(lambda s: simulator.evaluate_clients(tiny.SGD, s, tiny.TEST, at_once=3)["accuracy"])(state.clients)
   logits = [
     tiny.Net().apply({"params": jax.tree.map(lambda x, i=i: x[i], state.clients.params)}, tiny.TEST["image"])
     for i in range(4)
   ]
   np.testing.assert_allclose(own, [(np.argmax(x, 1) == tiny.TEST["label"]).mean() for x in logits], atol=1e-6)
-  metrics = tiny.jit(learner.evaluate)(state, tiny.TEST)
+  metrics = jax.jit(learner.evaluate)(state, tiny.TEST)
   np.testing.assert_allclose(metrics["accuracy"], own.mean(), rtol=1e-6)
   mean = {"params": jax.tree.map(lambda x: np.mean(x, axis=0), state.clients.params)}
   merged = np.argmax(tiny.Net().apply(mean, tiny.TEST["image"]), 1)
@@ -262,8 +262,8 @@ def test_evaluation_is_per_client_and_of_the_merged_model():
 def test_eight_devices_train_as_one():
   data = tiny.clients((3,) * 8)
   learner = simulator.gossiping(tiny.MOMENTUM, simulator.Work(2, 2), gossip.ring(8)[None])
-  state = tiny.jit(learner.init)(jax.random.key(0), data)
-  mesh, step = train.mesh(), tiny.jit(learner.step)
+  state = jax.jit(learner.init)(jax.random.key(0), data)
+  mesh, step = train.mesh(), jax.jit(learner.step)
   split = simulator.shard(mesh, state, 8)
   assert len(split.clients.params["Dense_0"]["kernel"].sharding.device_set) == 8
   many, one = split, state

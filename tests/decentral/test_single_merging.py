@@ -60,7 +60,7 @@ def test_networks_and_statistics_are_the_official_ones():
   state = state.replace(
     clients=state.clients.replace(params=clients["params"], collections={"batch_stats": clients["batch_stats"]})
   )
-  new = tiny.jit(lambda clients: sm.merged(model, state.replace(clients=clients), GOLDEN["in.batches"]))(state.clients)
+  new = jax.jit(lambda clients: sm.merged(model, state.replace(clients=clients), GOLDEN["in.batches"]))(state.clients)
   chex.assert_trees_all_close(new["params"], given["params"], atol=1e-6)
   for i in (0, 1):
     found = new["batch_stats"][f"norm{i}"]
@@ -68,7 +68,7 @@ def test_networks_and_statistics_are_the_official_ones():
     np.testing.assert_allclose(found["var"], GOLDEN[f"mlp.var{i}"] * 6 / 7, rtol=1e-4)  # torch: over n - 1, of 7
   chex.assert_trees_all_close(sm.merged(model, state), given, atol=1e-6)
   network = sm.ResNet18(10)
-  logits = tiny.jit(network.apply)(official_weights("resnet"), GOLDEN["in.resnet"])
+  logits = jax.jit(network.apply)(official_weights("resnet"), GOLDEN["in.resnet"])
   np.testing.assert_allclose(logits, GOLDEN["resnet.logits"], atol=2e-4)
 
 
@@ -124,11 +124,11 @@ def test_a_run_is_sparse_then_merges_once():
   sent = np.diff([0] + [int(h["sent"]) for h in history])
   assert sent[-1] == 12 and (sent[:-1] <= 4).all() and sent[:-1].sum() > 0
   assert history[-1]["consensus"] < 1e-10 < 1e-5 < history[-2]["consensus"]
-  metrics = tiny.jit(learner.evaluate)(state, tiny.TEST)
+  metrics = jax.jit(learner.evaluate)(state, tiny.TEST)
   np.testing.assert_allclose(metrics["gap"], 0, atol=1e-6)
   momenta = np.asarray(state.clients.opt_state[0].trace["Dense_0"]["kernel"])
   assert np.ptp(momenta, axis=0).max() > 1e-3  # stay with their clients, so these part again
-  after, more = tiny.jit(learner.step)(state, STREAMS)
+  after, more = jax.jit(learner.step)(state, STREAMS)
   assert more["consensus"] < 1e-10  # beyond the last step all rounds are dense
 
 
@@ -145,7 +145,7 @@ def test_all_peers_and_one_plain_step_are_central_gradient_descent_on_the_union(
   data = sm.streams(tiny.examples(60), 4, 5.0, 12, seed=0, resample=False)
   learner = sm.learner(tiny.SGD, sm.Schedule("fixed", 3, max_steps=3), steps_per_round=1, batch_size=12)
   state, _ = tiny.run(learner, data, 3)
-  start = jax.tree.map(lambda x: x[0], tiny.jit(learner.init)(jax.random.key(0), data).clients.params)
+  start = jax.tree.map(lambda x: x[0], jax.jit(learner.init)(jax.random.key(0), data).clients.params)
   union = data.clients.index.ravel()
   central = tiny.descend(start, *(data.clients.examples[k][union] for k in ("image", "label")), steps=3)
   for i in range(4):
@@ -166,8 +166,8 @@ def test_streams_are_drawn_anew_and_fixed_sets_are_not():
 
 def test_clients_start_alike_or_apart():
   learner = make(sm.Schedule(), common=False)
-  apart = tiny.jit(learner.init)(jax.random.key(0), STREAMS)
-  together = tiny.jit(SINGLE.init)(jax.random.key(0), STREAMS)
+  apart = jax.jit(learner.init)(jax.random.key(0), STREAMS)
+  together = jax.jit(SINGLE.init)(jax.random.key(0), STREAMS)
   assert gossip.consensus(together.clients.params) == 0 < gossip.consensus(apart.clients.params)
 
 
@@ -183,13 +183,13 @@ def test_merging_needs_statistics_of_the_merged_model():
   rng = np.random.default_rng(0)
   images = rng.standard_normal((4, 60, 12)).astype("float32") * 3 + 2
   model = sm.MLP(3, hidden=(16,))
-  given = tiny.jit(model.init)(jax.random.key(0), images[0])
+  given = jax.jit(model.init)(jax.random.key(0), images[0])
   reference = model.clone(bn_momentum=0.0, dropout=0.0).apply(given, images[0], train=True, mutable=["batch_stats"])[0]
   local = simulator.classifier(model, optax.sgd(0.1))
   data = tiny.clients((1, 1))._replace(examples={"image": np.zeros((2, 12), "float32"), "label": np.zeros(2, "int32")})
-  state = tiny.jit(lambda key: simulator.peers(local, key, data))(jax.random.key(0))
+  state = jax.jit(lambda key: simulator.peers(local, key, data))(jax.random.key(0))
   state = state.replace(clients=simulator.give(state.clients, given))
-  fresh, stale = tiny.jit(lambda s: (sm.merged(model, s, images), sm.merged(model, s)))(state)
+  fresh, stale = jax.jit(lambda s: (sm.merged(model, s, images), sm.merged(model, s)))(state)
   error = lambda v: np.abs(model.apply(v, images[0]) - reference).mean()
   assert error(fresh) < 0.3 * error(stale)
   with pytest.raises(ValueError, match="^model: got a Plain"):

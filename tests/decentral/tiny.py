@@ -1,7 +1,5 @@
 """One small client for all tests of this room, so that few programs are compiled; and its training by plain NumPy."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,8 +10,6 @@ from jaxlab import train
 from jaxlab.decentral import partition, simulator
 
 FEATURES, CLASSES, RATE = 4, 3, 0.1
-# Programs run for a moment here, so compiling them well would be most of the time.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 class Net(nn.Module):
@@ -44,7 +40,7 @@ TEST = examples(30, 9)
 
 def run(learner, data, rounds, key=None):
   """The state after some rounds, and the metrics of each."""
-  state, step = jit(learner.init)(jax.random.key(0) if key is None else key, data), jit(learner.step)
+  state, step = jax.jit(learner.init)(jax.random.key(0) if key is None else key, data), jax.jit(learner.step)
   history = []
   for _ in range(rounds):
     state, metrics = step(state, data)

@@ -12,15 +12,6 @@ from experiments import local_interaction_basis as experiment
 SMALL = {"seeds": 1, "modulus": 5, "features": 8, "share": 0.6, "steps": 20, "epochs": 1, "examples": 40}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiler():
-  """Programs here run for microseconds, so all the time is the compiler's."""
-  before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
-
-
 def means(folder):
   return {n: m["mean"] for n, m in json.loads((folder / "result.json").read_text())["metrics"].items()}
 

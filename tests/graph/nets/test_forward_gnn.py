@@ -20,11 +20,6 @@ KINDS = ("gcn", "sage", "gat")
 EVERY = fg.Recipe(epochs=3, validate_every=3, epochs_per_step=1)  # one epoch a step, no early stop
 
 
-def quick(function, **options):
-  """`jax.jit` that spends less on compilation, for programs that run for milliseconds."""
-  return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **options)
-
-
 # ------------------------------------------------------------------------------------------------- official outputs
 
 
@@ -59,7 +54,7 @@ def start(method, params, drawn, task):
 def layerwise(make, params, drawn, task):
   """Losses of three steps on each of two layers, the last output, and the scores."""
   method = make(net_of(params, task), EVERY)
-  state, step = start(method, params, drawn, task), quick(method.learner.step)
+  state, step = start(method, params, drawn, task), jax.jit(method.learner.step)
   losses = []
   for _ in range(8):  # a layer's fourth epoch validates its third update, and freezes
     before = int(state.layer)
@@ -75,8 +70,8 @@ def jointly(make, params, drawn, task, first):
   """The states that `first` makes, three epochs' losses, and the states and scores after them."""
   net = net_of(params, task)
   method = make(net, EVERY)
-  state, step = start(method, params, drawn, task), quick(method.learner.step)
-  states = quick(functools.partial(first, net))(params, one_split(task))
+  state, step = start(method, params, drawn, task), jax.jit(method.learner.step)
+  states = jax.jit(functools.partial(first, net))(params, one_split(task))
   state = state._replace(run=state.run._replace(states=[s[None] for s in states]))
   losses = []
   for _ in range(3):
@@ -89,7 +84,7 @@ def jointly(make, params, drawn, task, first):
 def backpropagated(make, params, drawn, task):
   """Three epochs' losses and the logits after them."""
   method = make(net_of(params, task), EVERY)
-  state, step = start(method, params, drawn, task), quick(method.learner.step)
+  state, step = start(method, params, drawn, task), jax.jit(method.learner.step)
   losses = []
   for _ in range(3):
     state, metrics = step(state, task)
@@ -99,7 +94,7 @@ def backpropagated(make, params, drawn, task):
 
 def predict(method, state, task, view="validation"):
   """Scores of the first split."""
-  return quick(method.predict, static_argnums=2)(state, task, view)[0]
+  return jax.jit(method.predict, static_argnums=2)(state, task, view)[0]
 
 
 def net_of(params, task):
@@ -203,7 +198,7 @@ def test_convolution_with_a_border_is_that_of_the_whole_graph(kind):
   links = np.eye(3, dtype="float32")[np.arange(24) % 3] * (np.arange(24) < 14)[:, None]
   x = np.random.default_rng(1).standard_normal((27, 5)).astype("float32")
   ours = fg.Conv(8, kind, heads=2)
-  params = quick(ours.init)(jax.random.key(0), fg.bordered(graph, links), [jnp.asarray(x)])["params"]
+  params = jax.jit(ours.init)(jax.random.key(0), fg.bordered(graph, links), [jnp.asarray(x)])["params"]
   params = jax.tree.map(lambda w: w + 0.1, params)  # a bias that is not zero
   whole = explicit(graph, links)
   if kind == "gcn":
@@ -225,8 +220,8 @@ def test_convolution_with_a_border_is_that_of_the_whole_graph(kind):
   mine = lambda w, x: ours.apply({"params": w}, bordered, [x])
   operator = sparse.operator(whole)
   other = lambda w, x: theirs.apply({"params": w}, operator, x)
-  (_, y), dx = quick(jax.value_and_grad(functools.partial(loss, mine), 1, has_aux=True))(params, x)
-  (_, z), dz = quick(jax.value_and_grad(functools.partial(loss, other), 1, has_aux=True))(renamed, x)
+  (_, y), dx = jax.jit(jax.value_and_grad(functools.partial(loss, mine), 1, has_aux=True))(params, x)
+  (_, z), dz = jax.jit(jax.value_and_grad(functools.partial(loss, other), 1, has_aux=True))(renamed, x)
   np.testing.assert_allclose(y, z, atol=2e-5)
   np.testing.assert_allclose(dx, dz, atol=2e-5)
 
@@ -240,7 +235,7 @@ def test_edges_of_weight_zero_are_no_edges(kind):
   fewer = fg.bordered(graph._replace(senders=graph.senders[keep], receivers=graph.receivers[keep]))
   x = jax.random.normal(jax.random.key(0), (24, 5))
   conv = fg.Conv(8, kind, heads=2)
-  params, apply = quick(conv.init)(jax.random.key(1), full, [x]), quick(conv.apply)
+  params, apply = jax.jit(conv.init)(jax.random.key(1), full, [x]), jax.jit(conv.apply)
   np.testing.assert_allclose(apply(params, part, [x]), apply(params, fewer, [x]), atol=1e-5)
 
 
@@ -253,10 +248,10 @@ def test_a_frozen_input_is_aggregated_once(kind):
   wide = scipy.sparse.random_array((27, 6), density=0.3, rng=np.random.default_rng(0), dtype="float32")
   x, y = sparse.from_scipy(wide), jax.random.normal(jax.random.key(0), (27, 4))
   conv = fg.Conv(8, kind, heads=2)
-  params = quick(conv.init)(jax.random.key(1), graph, [x, y])
+  params = jax.jit(conv.init)(jax.random.key(1), graph, [x, y])
   dense = jnp.concatenate([jnp.asarray(wide.toarray()), y], axis=1)
 
-  @quick
+  @jax.jit
   def gradient(blocks, known):
     return jax.value_and_grad(lambda p: jnp.sum(jax.nn.relu(conv.apply(p, graph, blocks, known)) ** 2))(params)
 
@@ -287,7 +282,7 @@ def trained():
   """SF on two splits after each step of two epochs: states before, between and after the layers."""
   task, _ = tiny_task(2)
   method = fg.single_forward(fg.Net(3, 8, 3), fg.Recipe(0.01, epochs=20, patience=4, epochs_per_step=2))
-  step, states, metrics = quick(method.learner.step), [quick(method.learner.init)(jax.random.key(0), task)], []
+  step, states, metrics = jax.jit(method.learner.step), [jax.jit(method.learner.init)(jax.random.key(0), task)], []
   for _ in range(method.steps):
     state, m = step(states[-1], task)
     states.append(state)
@@ -311,14 +306,14 @@ def test_a_layer_is_frozen_while_others_train(trained):
 
 def test_an_ended_run_stays(trained):
   task, method, states, _ = trained
-  again, _ = quick(method.learner.step)(states[-1], task)
+  again, _ = jax.jit(method.learner.step)(states[-1], task)
   chex.assert_trees_all_equal(again, states[-1])
 
 
 def test_each_layer_keeps_its_best_parameters(trained):
   """The metric of a frozen stack is the best that validation saw while its last layer trained."""
   task, method, states, metrics = trained
-  by_depth = quick(method.learner.evaluate)(states[-1], task)["validation_by_depth"]  # [S, 3]
+  by_depth = jax.jit(method.learner.evaluate)(states[-1], task)["validation_by_depth"]  # [S, 3]
   for layer in range(3):
     seen = [m["validation"] for m, s in zip(metrics, states[1:], strict=True) if s.layer == layer]
     end = next(m["validation"] for m, s in zip(metrics, states[1:], strict=True) if s.layer == layer + 1)
@@ -332,7 +327,7 @@ def test_gradients_stay_inside_a_layer():
   links = fg.class_links(task.labels, task.train[0], 3)
   virtual = jax.random.normal(jax.random.key(3), (3, 6))
   graph = fg.Bordered(task.adjacency, links, task.train[0].astype("float32"))
-  state = quick(fg.single_forward(net).learner.init)(jax.random.key(0), task)
+  state = jax.jit(fg.single_forward(net).learner.init)(jax.random.key(0), task)
   params = jax.tree.map(lambda leaf: leaf[0], state.run.params)
 
   def losses(params, freeze):
@@ -344,7 +339,7 @@ def test_gradients_stay_inside_a_layer():
     return jnp.stack(values)
 
   for freeze in (True, False):
-    jacobian = quick(jax.jacrev(functools.partial(losses, freeze=freeze)))(params)
+    jacobian = jax.jit(jax.jacrev(functools.partial(losses, freeze=freeze)))(params)
     reach = np.array([
       [max(float(np.abs(leaf[i]).max()) for leaf in jax.tree.leaves(jacobian[f"layer_{k}"])) > 0 for k in range(3)]
       for i in range(3)
@@ -359,7 +354,7 @@ def test_memory_does_not_grow_with_depth():
   def scratch(make, depth):
     learner = make(fg.Net(3, 16, depth), fg.Recipe(epochs_per_step=1)).learner
     state = jax.eval_shape(learner.init, jax.random.key(0), task)
-    compiled = quick(learner.step, donate_argnums=0).lower(state, task).compile()
+    compiled = jax.jit(learner.step, donate_argnums=0).lower(state, task).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
   activation = 4000 * 16 * 4
@@ -375,8 +370,8 @@ def test_goodness_ignores_the_scale_of_the_input_unless_it_is_not_normalised():
   task, _ = tiny_task()
   graph, x = fg.Bordered(task.adjacency, jnp.zeros((24, 0)), jnp.zeros(24)), task.features
   conv = fg.Conv(8)
-  params = quick(conv.init)(jax.random.key(0), graph, [x])
-  goodness = quick(lambda x: jnp.sum(jax.nn.relu(conv.apply(params, graph, [x])) ** 2, axis=1))
+  params = jax.jit(conv.init)(jax.random.key(0), graph, [x])
+  goodness = jax.jit(lambda x: jnp.sum(jax.nn.relu(conv.apply(params, graph, [x])) ** 2, axis=1))
   np.testing.assert_allclose(goodness(fg.normalize(3 * x)), goodness(fg.normalize(x)), rtol=1e-5)
   np.testing.assert_allclose(goodness(3 * x), 9 * goodness(x), rtol=1e-5)
 
@@ -437,12 +432,12 @@ def test_splits_that_train_together_train_as_alone():
   def run(task, per_step, start=None):
     recipe = fg.Recipe(0.01, epochs=30, patience=3, epochs_per_step=per_step)
     method = fg.single_forward(fg.Net(3, 8, 2), recipe)
-    state, step = begin if start is None else start, quick(method.learner.step)
+    state, step = begin if start is None else start, jax.jit(method.learner.step)
     for _ in range(method.steps):
       state, _ = step(state, task)
     return state
 
-  begin = quick(fg.single_forward(fg.Net(3, 8, 2)).learner.init)(key, task)
+  begin = jax.jit(fg.single_forward(fg.Net(3, 8, 2)).learner.init)(key, task)
   both, other = run(task, 50), run(task, 7)
   chex.assert_trees_all_close(both.run.params, other.run.params, atol=1e-6)
   second = lambda axis, field: field if axis is None else field[1:]
@@ -456,7 +451,7 @@ def test_prediction_of_forward_forward_asks_for_all_classes_at_once():
   """FF-LA by hand: every node in question carries class c, training nodes their own, the rest the uniform vector."""
   task, masks = tiny_task()
   method = fg.label_appending(fg.Net(3, 8, 2), fg.Recipe(epochs=4, epochs_per_step=5))
-  state = quick(method.learner.init)(jax.random.key(0), task)._replace(layer=jnp.asarray(2))
+  state = jax.jit(method.learner.init)(jax.random.key(0), task)._replace(layer=jnp.asarray(2))
   scores = predict(method, state, task, "test")
   params = jax.tree.map(lambda leaf: np.asarray(leaf[0]), state.run.params)
   a = np.zeros((24, 24))
@@ -518,7 +513,7 @@ def test_area_under_the_curve():
 def test_bfloat16_trains():
   task, _ = tiny_task()
   method = fg.single_forward(fg.Net(3, 8, 2, dtype="bfloat16"), fg.Recipe(0.01, epochs=4, epochs_per_step=10))
-  state, metrics = quick(method.learner.step)(quick(method.learner.init)(jax.random.key(0), task), task)
+  state, metrics = jax.jit(method.learner.step)(jax.jit(method.learner.init)(jax.random.key(0), task), task)
   assert state.layer == 1 and state.run.hidden.dtype == jnp.bfloat16 and np.isfinite(metrics["loss"]).all()
 
 
@@ -526,7 +521,7 @@ def test_fit_resumes_between_layers(tmp_path):
   """Through `train.fit`, killed and restarted, the run ends with the same bits."""
   task, _ = tiny_task()
   method = fg.virtual_nodes(fg.Net(3, 8, 2), fg.Recipe(0.01, epochs=8, patience=2, epochs_per_step=4))
-  learner = method.learner._replace(init=quick(method.learner.init), step=quick(method.learner.step))
+  learner = method.learner._replace(init=jax.jit(method.learner.init), step=jax.jit(method.learner.step))
   run = functools.partial(train.fit, learner, task, key=jax.random.key(0), progress=False, tensorboard=False)
   whole = run(steps=method.steps, workdir=tmp_path / "whole")
   run(steps=3, workdir=tmp_path / "parts", save_every=1)
