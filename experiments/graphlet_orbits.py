@@ -16,6 +16,7 @@ The paper's six networks and its protocol were not at hand.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -35,7 +36,7 @@ from jaxlab import train
 from jaxlab.data import digits, networks, planetoid, synthetic
 from jaxlab.graph import common_neighbors
 from jaxlab.graph.embedding import graphlet_orbits as go
-from jaxlab.train.result import finished_result, settings
+from jaxlab.train.result import finished_result, once, settings
 
 PAIRS = tuple(pair for pair in go.ORBIT_PAIRS[1:] if pair[1] <= pair[2])  # the first is the adjacency itself
 FAMILIES = ("walks", "orbits", "graphlets", "walks and orbit")
@@ -148,14 +149,10 @@ def compare(config: Config, folder: pathlib.Path) -> tuple[dict[str, Any], str]:
     for family, each in candidates(config, graph).items()
   }
   rich.print(f"{graph.shape[0]} nodes, {graph.nnz // 2} edges, {len(y)} nodes of {len(np.unique(y))} classes counted")
-  made, record = [], settings(dataclasses.asdict(config))
+  made = []
   for seed in range(config.seeds):
-    path = folder / f"division{seed}.json"
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    if kept.get("config") != record:
-      kept = {"config": record, "found": division(config, embedded, y, seed)}
-      path.write_text(json.dumps(kept))
-    made.append(kept["found"])
+    make = functools.partial(division, config, embedded, y, seed)
+    made.append(once(folder / f"division{seed}.json", make, config))
     rich.print(f"seed {seed}: " + ", ".join(f"{f} {np.mean(a):.4f}" for f, a in made[-1][0].items()))
   accuracy, each = ({name: np.mean([m[k][name] for m in made], axis=1) for name in made[0][k]} for k in (0, 1))
   picked = {family: [name for m in made for name in m[2][family]] for family in embedded}

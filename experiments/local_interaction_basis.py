@@ -38,7 +38,7 @@ from jaxtyping import Float
 from jaxlab import checks, interop, memory, train
 from jaxlab.analysis import local_interaction_basis as lib
 from jaxlab.data import digits, mnist5k
-from jaxlab.train.result import finished_result, print_metrics, settings
+from jaxlab.train.result import finished_result, once, print_metrics, settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,16 +291,6 @@ def study_layer(
     f"features required of {what}": min(k for k in counts if curve[k] >= required.base - WITHIN),
     f"curve of {what}": [list(curve), list(curve.values())],
   }
-
-
-def once(path: pathlib.Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-  """What is made, or was by an earlier run that was stopped."""
-  if not path.exists():
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(make()))
-    temporary.replace(path)
-  return json.loads(path.read_text())
 
 
 # -------------------------------------------------------------------------------------------------------------- figure

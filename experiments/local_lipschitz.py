@@ -18,7 +18,6 @@ import json
 import pathlib
 import time
 import zlib
-from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -34,7 +33,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from jaxlab import memory, train
 from jaxlab.analysis import local_lipschitz as ll
 from jaxlab.data import digits, mnist5k
-from jaxlab.train.result import finished_result, print_metrics, settings
+from jaxlab.train.result import finished_result, once, print_metrics, settings
 
 CHUNK = 2000  # points whose gradients are computed at once
 KINDS, NETS, BOXES = ("mlp", "cnn"), 20, 5  # random networks of each kind, and boxes in each, for the million points
@@ -144,16 +143,6 @@ def fitted(model: nn.Module, sets: dict[str, Any], config: Config, seed: int, fo
     save_every=config.epochs * steps, keep=1, tensorboard=False, config={"model": str(model), "epochs": config.epochs},
   )  # fmt: skip
   return state, 100 * float(learner.evaluate(state, sets["test"])["accuracy"])
-
-
-def once(path: pathlib.Path, make: Callable[[], Any]) -> Any:
-  """What is made, from its file if it was made before, so that a stopped run goes on where it was."""
-  if not path.exists():
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(jax.tree.map(lambda a: np.asarray(a).tolist(), make())))
-    temporary.replace(path)
-  return json.loads(path.read_text())
 
 
 # ------------------------------------------------------------------------------------------------ bounds and the truth

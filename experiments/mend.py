@@ -33,7 +33,7 @@ from jaxlab import checks, memory, train
 from jaxlab.data import facts as country_facts
 from jaxlab.learning import mend
 from jaxlab.models import language
-from jaxlab.train.result import finished_result, print_metrics, settings
+from jaxlab.train.result import finished_result, once, print_metrics, settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,11 +309,8 @@ def run_seed(config: Config, seed: int, folder: pathlib.Path) -> dict[str, Any]:
 
 def measured(config: Config, seed: int, folder: pathlib.Path) -> dict[str, Any]:
   """`run_seed`, or what it found before under the same settings."""
-  path, record = folder / "measured.json", settings(dataclasses.replace(config, seeds=1))
-  if not path.exists() or json.loads(path.read_text())["config"] != record:
-    found = run_seed(config, seed, folder)
-    path.write_text(json.dumps({"config": record, "found": found}, default=np.ndarray.tolist))
-  return json.loads(path.read_text())["found"]
+  make = functools.partial(run_seed, config, seed, folder)
+  return once(folder / "measured.json", make, dataclasses.replace(config, seeds=1))
 
 
 def costs(config: Config, task: Task) -> dict[str, np.ndarray]:

@@ -18,6 +18,7 @@ The paper's graphs (billions of edges, two games) are not public, so neither its
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import threading
@@ -42,7 +43,7 @@ from jaxlab.data import digits, networks
 from jaxlab.graph import evaluation
 from jaxlab.graph.embedding import fastrp
 from jaxlab.graph.embedding import spark_embedding as se
-from jaxlab.train.result import finished_result, print_metrics, settings
+from jaxlab.train.result import finished_result, once, print_metrics, settings
 
 EDGES = (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)
 WHOLE, PARTS, DISTNE = "whole graph", "parts, no border", "DistNE"
@@ -196,12 +197,8 @@ def quality(config: Config, path: pathlib.Path) -> tuple[dict[str, Any], str]:
   edges, labels = load(config)
   seeds = []
   for seed in range(config.seeds):
-    file, record = path.parent / f"seed-{seed}.json", settings(dataclasses.asdict(config))
-    if not file.exists() or json.loads(file.read_text())["config"] != record:
-      found = one_seed(config, edges, labels, seed)
-      file.parent.mkdir(parents=True, exist_ok=True)
-      file.write_text(json.dumps({"config": record, "found": found}, indent=2) + "\n")
-    seeds.append(json.loads(file.read_text())["found"])
+    make = functools.partial(one_seed, config, edges, labels, seed)
+    seeds.append(once(path.parent / f"seed-{seed}.json", make, config))
   metrics: dict[str, Any] = {name: [one[name] for one in seeds if name in one] for name in seeds[0]}
   draw(config, metrics, path)
   dot = {method: np.array(metrics[f"dot AUC, {method}"]) for method in METHODS}
@@ -331,11 +328,7 @@ def scale(config: Config, path: pathlib.Path) -> tuple[dict[str, Any], str] | No
   table = {}
   for count in (config.edges,) if config.edges else EDGES:
     file = path.parent / f"{count}-{config.master.replace('/', '_')}-{config.memory}.json"
-    if not file.exists():
-      found = cost(config, count)
-      file.parent.mkdir(parents=True, exist_ok=True)
-      file.write_text(json.dumps(found, indent=2) + "\n")
-    table[count] = json.loads(file.read_text())
+    table[count] = once(file, functools.partial(cost, config, count))
     rich.print(f"{count} edges:", {key: round(value, 1) for key, value in table[count].items()})
   if config.edges:
     return None

@@ -8,7 +8,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +82,8 @@ def write_result(
       "cores": os.cpu_count(),
     },
   }
-  text = json.dumps(result, indent=2, allow_nan=False) + "\n"
   path = Path(workdir) / "result.json"
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text(text)
-  temporary.replace(path)
+  _replace(path, json.dumps(result, indent=2, allow_nan=False) + "\n")
   return path
 
 
@@ -111,6 +107,23 @@ def finished_result(workdir: str | os.PathLike, config: Any) -> dict[str, Any] |
   return result
 
 
+def once(path: str | os.PathLike, make: Callable[[], Any], config: Any = None) -> Any:
+  """What `make` returns, from its file if it was made before, so that a stopped run goes on where it was.
+
+  Args:
+    path: of the file, JSON; replaced at once.
+    make: returns what JSON can hold, or arrays, which become lists.
+    config: dataclass or mapping of settings that it depends on; it is made anew where they differ.
+  """
+  path, record = Path(path), None if config is None else settings(config)
+  kept = json.loads(path.read_text()) if path.exists() else None
+  if kept is None or kept["config"] != record:
+    listed = lambda array: np.asarray(array).tolist()
+    _replace(path, json.dumps({"config": record, "found": make()}, default=listed))
+    kept = json.loads(path.read_text())
+  return kept["found"]
+
+
 def print_metrics(result: Mapping[str, Any]) -> None:
   """A table of a result's metrics: mean and standard deviation, four digits each."""
   table = rich.table.Table("metric", "mean", "std. deviation", title=result["dataset"])
@@ -126,6 +139,13 @@ def settings(config: Any) -> dict[str, Any]:
   if not isinstance(config, Mapping):
     raise ValueError(f"config: got a {type(config).__name__}, expected a dataclass or a mapping")
   return json.loads(json.dumps(dict(config), default=str))
+
+
+def _replace(path: Path, text: str) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_suffix(".tmp")
+  temporary.write_text(text)
+  temporary.replace(path)
 
 
 def _summary(name: str, value: Any) -> dict[str, Any]:

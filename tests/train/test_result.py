@@ -138,3 +138,21 @@ def test_bad_figures_are_refused(tmp_path):
 def test_no_metrics_to_read(tmp_path):
   with pytest.raises(ValueError, match=r"^workdir: got .*expected a folder with metrics.jsonl"):
     train.read_metrics(tmp_path)
+
+
+def test_what_was_made_is_read_unless_settings_differ(tmp_path):
+  path, calls = tmp_path / "new" / "found.json", []
+
+  def make():
+    calls.append(None)
+    return {"second": np.arange(2), "first": np.float32(0.5), "text": "a"}
+
+  expected = {"second": [0, 1], "first": 0.5, "text": "a"}
+  for rate, count in ((0.1, 1), (0.1, 1), (0.2, 2), (0.2, 2)):
+    found = result_module.once(path, make, Config(rate))
+    assert found == expected and list(found) == list(expected)
+    assert len(calls) == count
+  assert [file.name for file in path.parent.iterdir()] == ["found.json"]
+  bare = tmp_path / "bare.json"
+  assert result_module.once(bare, make) == result_module.once(bare, make) == expected
+  assert len(calls) == 3
