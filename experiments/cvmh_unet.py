@@ -24,6 +24,7 @@ import numpy as np
 import optax
 import rich
 import rich.table
+import sklearn.metrics
 import tyro
 
 from jaxlab import train
@@ -196,9 +197,7 @@ def normalise(image: np.ndarray, task: Task) -> np.ndarray:
 
 def confusion(predicted: np.ndarray, label: np.ndarray, classes: int) -> np.ndarray:
   """Pixels of each class [K, K], rows the truth, columns the prediction; labels that are no class are left out."""
-  valid = label < classes
-  pairs = label[valid].astype(int) * classes + predicted[valid]
-  return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+  return sklearn.metrics.confusion_matrix(label.ravel(), predicted.ravel(), labels=np.arange(classes))
 
 
 def scores(pairs: np.ndarray, classes: tuple[str, ...]) -> dict[str, float]:

@@ -21,6 +21,7 @@ import numpy as np
 import optax
 import rich
 import rich.table
+import sklearn.metrics
 import tyro
 
 from jaxlab import train
@@ -94,13 +95,6 @@ def learner(config: Config, model: segman.SegMAN) -> train.Learner:
   return train.supervised(model, train.cross_entropy(), tx)
 
 
-def intersection_over_union(predicted: np.ndarray, label: np.ndarray, classes: int) -> np.ndarray:
-  """Of each class, over all pixels."""
-  pairs = np.bincount(label.ravel() * classes + predicted.ravel(), minlength=classes**2).reshape(classes, classes)
-  both = np.diag(pairs)
-  return both / np.maximum(pairs.sum(0) + pairs.sum(1) - both, 1)
-
-
 def predict(model: segman.SegMAN, variables: Any, images: np.ndarray) -> np.ndarray:
   """Classes of pixels, a few images at a time."""
   call = jax.jit(lambda v, x: model.apply(v, x).argmax(-1))
@@ -133,7 +127,10 @@ def run(config: Config, name: str, seed: int) -> tuple[dict[str, float], np.ndar
     tensorboard=False,
   )
   predicted = predict(model, jax.device_get(state.variables), (test.image - 0.5) / 0.25)
-  scores = 100 * intersection_over_union(predicted, test.label, len(scenes.CLASSES))
+  classes = np.arange(len(scenes.CLASSES))
+  scores = 100 * sklearn.metrics.jaccard_score(
+    test.label.ravel(), predicted.ravel(), labels=classes, average=None, zero_division=0
+  )
   kinds = {kind: float(scores[list(classes)].mean()) for kind, classes in KINDS.items()}
   return {"all": float(scores.mean()), **kinds}, predicted[:4]
 
