@@ -21,45 +21,37 @@ import rich
 import tyro
 
 from jaxlab import memory, train
-from jaxlab.learning import auglocal, comparison, local
+from jaxlab.learning import auglocal, comparison
 from jaxlab.models.backbones import cifar
 from jaxlab.train import figures
 from jaxlab.train.result import finished_result, print_metrics, settings
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(comparison.Recipe):
   """What to run; every field is an option of the command."""
 
   preset: Literal["small", "paper"] = "small"
   """Where the defaults of all other fields come from."""
-  layers: int = 14
-  """Of the ResNet: 6 m + 2."""
-  widths: tuple[int, int, int, int] = (8, 8, 16, 32)
-  """Channels of the first convolution and of the stages."""
-  size: int = 16
-  """Side of the images in pixels."""
   depths: tuple[int, ...] = (0, 1, 3)
   """Of the first head; 0 for greedy heads. Backpropagation is always there."""
-  train_images: int | None = None
-  """How many; None for all that are on disk."""
-  epochs: int = 4
-  """Passes over them."""
-  batch_size: int = 128
-  """Images a step."""
-  learning_rate: float = 0.1
-  """Highest rate of SGD."""
-  warmup: int = 1
-  """Epochs of linear warm-up."""
-  seeds: int = 3
-  """Independent runs: initialisation, order and augmentation."""
   workdir: pathlib.Path = pathlib.Path("runs/auglocal")
   """Each setting has a folder in here with checkpoints, metrics, figure and result.json; a second run resumes."""
 
 
 PRESETS = {
   "small": Config(),
-  "paper": Config("paper", 110, (16, 16, 32, 64), 32, (1, 3, 5, 6), None, 400, 1024, 0.8, 10),
+  "paper": Config(
+    preset="paper",
+    layers=110,
+    widths=(16, 16, 32, 64),
+    size=32,
+    depths=(1, 3, 5, 6),
+    epochs=400,
+    batch_size=1024,
+    learning_rate=0.8,
+    warmup=10,
+  ),
 }
 # Test error (%), ResNet-110 on all of CIFAR-10.
 PUBLISHED = {"backpropagation": 5.39, "d = 6": 6.04}
@@ -144,32 +136,18 @@ def main(config: Config) -> None:
   start = time.perf_counter()
   if not config.depths or min(config.depths) < 0:
     raise ValueError(f"depths: got {config.depths}, expected at least one, of 0 or more blocks")
-  if config.seeds < 1:
-    raise ValueError(f"seeds: got {config.seeds}, expected at least 1")
   depths = "-".join(map(str, config.depths))
-  folder = config.workdir / f"resnet{config.layers}-{config.widths[-1]}-{config.size}-{config.epochs}-{depths}"
+  folder = config.workdir / f"{config.name}-{depths}"
   record = settings(config)
   if result := finished_result(folder, record):
     return print_metrics(result)
-  models = networks(config)
-  task = comparison.cifar10(config.size, config.batch_size, config.train_images)
-  rate = local.schedule(config.learning_rate, config.epochs, task.steps_per_epoch, warmup=config.warmup)
-
-  metrics: dict[str, Any] = {}
-  base, base_memory = 0, 1.0
-  for name, model in models.items():
-    learner = comparison.jitted(auglocal.learner(model, local.sgd(rate)))
-    kept = {k: v for k, v in record.items() if k not in ("depths", "seeds", "workdir")} | {"method": name}
-    place = folder / name.replace(" ", "_")
-    error = comparison.errors(learner, task, epochs=config.epochs, seeds=config.seeds, folder=place, config=kept)
-    rich.print(f"{name}: error {np.mean(error):.2f} %, {time.perf_counter() - start:.0f} s")
-    backbone, heads = macs(model, config.size)
-    needed = comparison.step_megabytes(learner, next(task.batches(0)))
-    if name == "backpropagation":
-      base, base_memory = backbone, needed
-    metrics[f"error, {name}"] = error
-    metrics[f"multiplications, {name}"] = (backbone + heads) / base
-    metrics[f"step memory, {name}"] = needed / base_memory
+  models, task = networks(config), comparison.cifar10(config)
+  tx = config.optimizer(task.steps_per_epoch)
+  learners = {name: auglocal.learner(model, tx) for name, model in models.items()}
+  kept = {k: v for k, v in record.items() if k not in ("depths", "seeds", "workdir")}
+  metrics = comparison.measure(learners, task, config, folder, kept)
+  base, _ = macs(models["backpropagation"], config.size)
+  metrics |= {f"multiplications, {name}": sum(macs(model, config.size)) / base for name, model in models.items()}
   draw(metrics, config, folder)
   published = config.preset == "paper"
   path = train.write_result(

@@ -22,7 +22,7 @@ import tyro
 
 from jaxlab import checks, memory, train
 from jaxlab.data import images
-from jaxlab.learning import comparison, local
+from jaxlab.learning import comparison
 from jaxlab.learning import momentum_auxiliary as man
 from jaxlab.models.backbones import cifar
 from jaxlab.train import figures
@@ -30,17 +30,11 @@ from jaxlab.train.result import finished_result, print_metrics, settings
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(comparison.Recipe):
   """What to run; every field is an option of the command."""
 
   preset: Literal["small", "paper"] = "small"
   """Where the defaults of all other fields come from."""
-  layers: int = 14
-  """Of the ResNet: 6 m + 2."""
-  widths: tuple[int, int, int, int] = (8, 8, 16, 32)
-  """Channels of the first convolution and of the stages."""
-  size: int = 16
-  """Side of the images in pixels."""
   modules: tuple[int, ...] = (6,)
   """Numbers of modules, with as many blocks each as divides evenly."""
   methods: tuple[str, ...] = ("InfoPro", "bias", "average", "MAN")
@@ -51,18 +45,6 @@ class Config:
   """In the last module that has a head; the official rule goes from (4.6, 0.46) to (3.9, 0.39)."""
   momentum: float = 0.995
   """Of the averaged blocks."""
-  train_images: int | None = None
-  """How many; None for all that are on disk."""
-  epochs: int = 4
-  """Passes over them."""
-  batch_size: int = 128
-  """Images a step."""
-  learning_rate: float = 0.1
-  """Highest rate of SGD."""
-  warmup: int = 1
-  """Epochs of linear warm-up."""
-  seeds: int = 3
-  """Independent runs: initialisation, order and augmentation."""
   workdir: pathlib.Path = pathlib.Path("runs/momentum_auxiliary")
   """Each setting has a folder in here with checkpoints, metrics, figure and result.json; a second run resumes."""
 
@@ -136,33 +118,21 @@ def main(config: Config) -> None:
   """Trains what is not trained yet, then measures, draws and reports."""
   memory.keep()
   start = time.perf_counter()
-  if config.seeds < 1:
-    raise ValueError(f"seeds: got {config.seeds}, expected at least 1")
   name = "-".join(map(str, (*config.modules, *config.methods)))
-  folder = config.workdir / f"resnet{config.layers}-{config.widths[-1]}-{config.size}-{config.epochs}-{name}"
+  folder = config.workdir / f"{config.name}-{name}"
   record = settings(config)
   if result := finished_result(folder, record):
     return print_metrics(result)
-  models = networks(config)
-  task = comparison.cifar10(config.size, config.batch_size, config.train_images)
-  rate = local.schedule(config.learning_rate, config.epochs, task.steps_per_epoch, warmup=config.warmup)
+  models, task = networks(config), comparison.cifar10(config)
+  tx = config.optimizer(task.steps_per_epoch)
 
-  metrics: dict[str, Any] = {}
-  base = 1.0
-  for name, model in models.items():
+  def learner(model: man.MomentumAuxiliary) -> train.Learner:
     weights = man.linear_weights(model.num_modules, config.first, config.last)
-    made = man.learner(
-      model, local.sgd(rate), weights, momentum=config.momentum, mean=images.CIFAR10_MEAN, std=images.CIFAR10_STD
-    )
-    learner = comparison.jitted(made)
-    kept = {k: v for k, v in record.items() if k not in ("modules", "methods", "seeds", "workdir")} | {"method": name}
-    place = folder / name.replace(", ", "-").replace(" ", "_")
-    error = comparison.errors(learner, task, epochs=config.epochs, seeds=config.seeds, folder=place, config=kept)
-    rich.print(f"{name}: error {np.mean(error):.2f} %, {time.perf_counter() - start:.0f} s")
-    needed = comparison.step_megabytes(learner, next(task.batches(0)))
-    base = needed if name == "backpropagation" else base
-    metrics[f"error, {name}"] = error
-    metrics[f"step memory, {name}"] = needed / base
+    return man.learner(model, tx, weights, momentum=config.momentum, mean=images.CIFAR10_MEAN, std=images.CIFAR10_STD)
+
+  learners = {name: learner(model) for name, model in models.items()}
+  kept = {k: v for k, v in record.items() if k not in ("modules", "methods", "seeds", "workdir")}
+  metrics = comparison.measure(learners, task, config, folder, kept)
   draw(metrics, config, folder)
   published = PUBLISHED if config.preset == "paper" else {}
   path = train.write_result(

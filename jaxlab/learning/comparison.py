@@ -1,17 +1,63 @@
 """Ways to train compared on one image set: the same batches for all, several seeds each, error and memory of a step."""
 
+import dataclasses
 import pathlib
+import time
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import grain
 import jax
 import numpy as np
+import optax
+import rich
 from jaxtyping import Float
 
 from jaxlab import checks, train
 from jaxlab.data import images
+from jaxlab.learning import local
 
 _NORMALISATION: dict[str, Any] = {"mean": images.CIFAR10_MEAN, "std": images.CIFAR10_STD}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """Settings that all that is compared shares. An experiment adds its own; each field is an option of its command.
+
+  Raises:
+    ValueError: fewer than one seed.
+  """
+
+  layers: int = 14
+  """Of the ResNet: 6 m + 2."""
+  widths: tuple[int, int, int, int] = (8, 8, 16, 32)
+  """Channels of the first convolution and of the stages."""
+  size: int = 16
+  """Side of the images in pixels."""
+  train_images: int | None = None
+  """How many; None for all that are on disk."""
+  epochs: int = 4
+  """Passes over them."""
+  batch_size: int = 128
+  """Images a step."""
+  learning_rate: float = 0.1
+  """Highest rate of SGD."""
+  warmup: int = 1
+  """Epochs of linear warm-up."""
+  seeds: int = 3
+  """Independent runs: initialisation, order and augmentation."""
+
+  def __post_init__(self) -> None:
+    checks.count("seeds", self.seeds)
+
+  @property
+  def name(self) -> str:
+    """For a folder."""
+    return f"resnet{self.layers}-{self.widths[-1]}-{self.size}-{self.epochs}"
+
+  def optimizer(self, steps_per_epoch: int) -> optax.GradientTransformation:
+    """SGD at the rate of the recipe."""
+    return local.sgd(local.schedule(self.learning_rate, self.epochs, steps_per_epoch, warmup=self.warmup))
 
 
 class Task(NamedTuple):
@@ -40,15 +86,51 @@ class Task(NamedTuple):
     return images.batches(self.pixels, self.batch_size, seed=seed, augment=augment, size=self.size, **_NORMALISATION)
 
 
-def cifar10(size: int, batch_size: int, train_images: int | None = None) -> Task:
-  """Host. As much of CIFAR-10 as `TFDS_DATA_DIR` has, or its first `train_images`."""
+def cifar10(recipe: Recipe) -> Task:
+  """Host. As much of CIFAR-10 as `TFDS_DATA_DIR` has, or as the recipe asks for."""
   known, held_out = images.as_arrays("cifar10", "train"), images.as_arrays("cifar10", "test")
   count = len(known["label"])
-  if train_images is not None:
-    count = checks.count("train_images", train_images, 1, count)
-  checks.count("batch_size", batch_size, 1, count)
+  if recipe.train_images is not None:
+    count = checks.count("train_images", recipe.train_images, 1, count)
+  checks.count("batch_size", recipe.batch_size, 1, count)
+  size = recipe.size
   test = images.batches(held_out, 500, seed=None, epochs=1, drop_remainder=False, size=size, **_NORMALISATION)
-  return Task(images.Images(image=known["image"][:count], label=known["label"][:count]), list(test), size, batch_size)
+  pixels = images.Images(image=known["image"][:count], label=known["label"][:count])
+  return Task(pixels, list(test), size, recipe.batch_size)
+
+
+def measure(
+  learners: Mapping[str, train.Learner],
+  task: Task,
+  recipe: Recipe,
+  folder: pathlib.Path,
+  config: Mapping[str, Any],
+) -> dict[str, Any]:
+  """Trains what is not trained yet.
+
+  Args:
+    learners: by name, what the others' memory is compared with first.
+    task: the images.
+    recipe: epochs and seeds.
+    folder: each learner has one in here.
+    config: settings that runs depend on.
+
+  Returns:
+    For each learner "error, <name>", test errors in percent by seed, and "step memory, <name>": what a compiled
+    training step needs besides state and batch, over that of the first learner.
+  """
+  metrics: dict[str, Any] = {}
+  base = None
+  for name, learner in learners.items():
+    learner = jitted(learner)
+    place, start = folder / name.replace(", ", "-").replace(" ", "_"), time.perf_counter()
+    kept = {**config, "method": name}
+    error = errors(learner, task, epochs=recipe.epochs, seeds=recipe.seeds, folder=place, config=kept)
+    rich.print(f"{name}: error {np.mean(error):.2f} %, {time.perf_counter() - start:.0f} s")
+    needed = step_megabytes(learner, next(task.batches(0)))
+    base = needed if base is None else base
+    metrics |= {f"error, {name}": error, f"step memory, {name}": needed / base}
+  return metrics
 
 
 def jitted(learner: train.Learner) -> train.Learner:
@@ -69,7 +151,6 @@ def errors(
     folder: of this learner.
     config: settings that a run depends on.
   """
-  checks.count("seeds", seeds)
   found = []
   for seed in range(seeds):
     state = train.fit(
