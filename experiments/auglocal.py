@@ -153,7 +153,7 @@ def main(config: Config) -> None:
   path = train.write_result(
     folder,
     system="auglocal",
-    claim="Test error (%) falls with the depth of local heads, towards backpropagation; every unit a module.",
+    claim="Test error (%) by depth of the local heads, every unit a module, beside backpropagation.",
     dataset=f"CIFAR-10 ({len(task.pixels['label'])} images, {config.size} px), ResNet-{config.layers}",
     config=record,
     metrics=metrics,

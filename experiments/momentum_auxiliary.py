@@ -138,7 +138,7 @@ def main(config: Config) -> None:
   path = train.write_result(
     folder,
     system="momentum_auxiliary",
-    claim="Test error (%): MAN below the averaged block alone below InfoPro's heads; a trainable block as control.",
+    claim="Test error (%) of MAN beside its blocks alone, InfoPro's heads, which have neither, and backpropagation.",
     dataset=f"CIFAR-10 ({len(task.pixels['label'])} images, {config.size} px), ResNet-{config.layers}",
     config=record,
     metrics=metrics,
