@@ -48,11 +48,11 @@ def mni152(spacing: int = 2) -> Brain:
     ImportError: nilearn is missing.
   """
   checks.count("spacing", spacing, 1, 2)
-  import nibabel
-
   found = importlib.util.find_spec("nilearn")
   if found is None or found.origin is None:
     raise ImportError("nilearn: not installed, which ships the brain (`pip install jaxlab[volumes]`)")
+  import nibabel  # comes with nilearn
+
   folder = pathlib.Path(found.origin).parent / "datasets" / "data"
 
   def read(name: str) -> np.ndarray:
