@@ -1,5 +1,7 @@
 """CIFAR ResNets trained module by module in PyTorch, a backward pass a module, for the benchmarks of local learning."""
 
+from benchmarks import _sides
+
 
 def parts():
   """Functions that make a basic block, the units of a ResNet-n, and a global mean with a dense layer."""
@@ -49,21 +51,14 @@ def run(units, train_step, what, dtype, batch, head):
   import torch
 
   image, label = (torch.from_numpy(a) for a in examples(batch, torch_layout=True))
-  narrow = lambda: torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
   if what == "inference":
-    net = torch.nn.Sequential(*units, head).eval().to(memory_format=torch.channels_last)
-    image = image.contiguous(memory_format=torch.channels_last)
-
-    def infer():
-      with torch.no_grad(), narrow():
-        return net(image)
-
-    return infer
+    net = torch.nn.Sequential(*units, head).to(memory_format=torch.channels_last)
+    return _sides.torch_call(net, image.contiguous(memory_format=torch.channels_last), dtype=dtype)
   optimizer = torch.optim.SGD(train_step.parameters, 0.1, momentum=0.9, weight_decay=1e-4, nesterov=True)
 
   def step():
     optimizer.zero_grad()
-    with narrow():
+    with _sides.autocast(dtype):
       train_step(image, label)
     optimizer.step()
 
@@ -76,15 +71,8 @@ def ours(learner, model, what, batch):
 
   image, label = examples(batch)
   given = jax.device_put({"image": image, "label": label})
-  state = [jax.jit(learner.init)(jax.random.key(0), given)]
   if what == "inference":
-    apply = jax.jit(model.apply)
-    variables = {"params": state[0].params, "batch_stats": state[0].collections["batch_stats"]}
-    return lambda: jax.block_until_ready(apply(variables, given["image"]))
-  step = jax.jit(learner.step, donate_argnums=0)
-
-  def run():
-    state[0], _ = step(state[0], given)
-    jax.block_until_ready(state[0].params)
-
-  return run
+    state = jax.jit(learner.init)(jax.random.key(0), given)
+    variables = {"params": state.params, "batch_stats": state.collections["batch_stats"]}
+    return _sides.jax_call(model.apply, variables, given["image"])
+  return _sides.jax_step(learner, given)

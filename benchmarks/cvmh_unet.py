@@ -7,6 +7,7 @@ convolutions on NCHW), with as many parameters, which is checked. The CUDA scan'
 
 import functools
 
+from benchmarks import _sides
 from benchmarks.harness import Case
 
 WIDTHS, CLASSES, STATES, PARAMETERS = (96, 192, 384, 768), 6, 16, 31_228_363
@@ -27,18 +28,12 @@ def ours(batch, size, what, dtype):
   examples = jax.device_put({"image": image, "label": label})
   model = cvmh_unet.CVMHUNet(CLASSES, dtype=dtype, drop_path=0.0)
   learner = train.supervised(model, train.cross_entropy(), optax.adamw(1e-4))
-  state = [jax.jit(learner.init)(jax.random.key(0), examples)]
-  assert sum(p.size for p in jax.tree.leaves(state[0].params)) == PARAMETERS
+  shapes = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+  assert sum(p.size for p in jax.tree.leaves(shapes)) == PARAMETERS
   if what == "inference":
-    apply = jax.jit(model.apply)
-    return lambda: jax.block_until_ready(apply(state[0].variables, examples["image"]))
-  step = jax.jit(learner.step, donate_argnums=0)
-
-  def run():
-    state[0], _ = step(state[0], examples)
-    jax.block_until_ready(state[0].params)
-
-  return run
+    variables = jax.jit(model.init)(jax.random.key(0), image)
+    return _sides.jax_call(model.apply, variables, examples["image"])
+  return _sides.jax_step(learner, examples)
 
 
 def torch_cross_scan(channels, rank):
@@ -206,25 +201,11 @@ def torch(batch, size, what, dtype):
   model = torch_network()
   assert sum(p.numel() for p in model.parameters()) == PARAMETERS
   image, label = torch.randn(batch, 3, size, size), torch.randint(0, CLASSES, (batch, size, size))
-  context = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=dtype == "bfloat16")
   if what == "inference":
-    model.eval()
-
-    def run():
-      with torch.no_grad(), context():
-        model(image)
-
-    return run
+    return _sides.torch_call(model, image, dtype=dtype)
   optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
-
-  def step():
-    optimizer.zero_grad()
-    with context():
-      loss = F.cross_entropy(model(image).float(), label)
-    loss.backward()
-    optimizer.step()
-
-  return step
+  loss = lambda logits: F.cross_entropy(logits.float(), label)
+  return _sides.torch_step(optimizer, lambda: model(image), loss, dtype=dtype)
 
 
 def our_scan(side, gradient):

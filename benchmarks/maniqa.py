@@ -6,6 +6,7 @@ Like ours, it leaves out what has no part in the score (the official network com
 
 import functools
 
+from benchmarks import _sides
 from benchmarks.harness import Case
 
 WIDTH, HEADS, BLOCKS, TAPS, WINDOW, HIDDEN = 768, 12, 10, (6, 7, 8, 9), 4, 768
@@ -29,16 +30,8 @@ def ours(size, batch, what, dtype):
   learner = train.supervised(model, loss, optax.adam(1e-5))
   if what == "inference":
     variables = jax.jit(model.init)(jax.random.key(0), image)
-    apply = jax.jit(model.apply)
-    return lambda: jax.block_until_ready(apply(variables, examples["image"]))
-  state = [jax.jit(learner.init)(jax.random.key(0), examples)]
-  step = jax.jit(learner.step, donate_argnums=0)
-
-  def run():
-    state[0], _ = step(state[0], examples)
-    jax.block_until_ready(state[0].params)
-
-  return run
+    return _sides.jax_call(model.apply, variables, examples["image"])
+  return _sides.jax_step(learner, examples)
 
 
 def network(size):
@@ -174,25 +167,11 @@ def torch(size, batch, what, dtype):
 
   model = network(size)
   image, quality = torch.randn(batch, 3, size, size), torch.rand(batch)
-  context = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=dtype == "bfloat16")
   if what == "inference":
-    model.eval()
-
-    def run():
-      with torch.no_grad(), context():
-        model(image)
-
-    return run
+    return _sides.torch_call(model, image, dtype=dtype)
   optimizer = torch.optim.Adam(model.parameters(), 1e-5)
-
-  def step():
-    optimizer.zero_grad()
-    with context():
-      score = model(image)
-    ((score.float() - quality) ** 2).mean().backward()
-    optimizer.step()
-
-  return step
+  loss = lambda score: ((score.float() - quality) ** 2).mean()
+  return _sides.torch_step(optimizer, lambda: model(image), loss, dtype=dtype)
 
 
 def cases():

@@ -8,6 +8,7 @@ operator there, is a loop over batches of distances, and nearest points come fro
 
 import functools
 
+from benchmarks import _sides
 from benchmarks.harness import Case
 
 CLASSES, PATCHES, LOCAL, GLOBAL, NEAR, PARTS, CATEGORIES, UP = 40, 256, 64, 32, 32, 50, 16, 11
@@ -33,17 +34,10 @@ def ours(batch, points, what, dtype):
   model = parot.segmenter(PARTS, CATEGORIES, dtype=dtype) if parts else parot.classifier(CLASSES, dtype=dtype)
   tx = optax.chain(optax.add_decayed_weights(1e-6), optax.adam(1e-3))
   learner = train.supervised(model, parot.objective(), tx, inputs=lambda b: b["x"])
-  state = [jax.jit(learner.init)(jax.random.key(0), examples)]
   if what == "inference":
-    apply = jax.jit(model.apply)
-    return lambda: jax.block_until_ready(apply(state[0].variables, examples["x"]))
-  step = jax.jit(learner.step, donate_argnums=0)
-
-  def run():
-    state[0], _ = step(state[0], examples)
-    jax.block_until_ready(state[0].params)
-
-  return run
+    variables = jax.jit(model.init)(jax.random.key(0), examples["x"])
+    return _sides.jax_call(model.apply, variables, examples["x"])
+  return _sides.jax_step(learner, examples)
 
 
 def torch_points():
@@ -187,25 +181,15 @@ def torch(batch, points, what, dtype):
   assert count == (1_534_738 if parts else 1_630_888), count
   x, category = torch.randn(batch, points, 3), torch.randint(0, CATEGORIES, (batch,))
   label = torch.randint(0, PARTS, (batch, points)) if parts else torch.randint(0, CLASSES, (batch,))
-  context = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=dtype == "bfloat16")
   if what == "inference":
-    model.eval()
-
-    def run():
-      with torch.no_grad(), context():
-        model(x, category)
-
-    return run
+    return _sides.torch_call(model, x, category, dtype=dtype)
   optimizer = torch.optim.Adam(model.parameters(), 1e-3, weight_decay=1e-6)
 
-  def step():
-    optimizer.zero_grad()
-    with context():
-      logits, loss = model(x, category)
-    (F.cross_entropy(logits.float(), label, label_smoothing=0.2) + loss).backward()
-    optimizer.step()
+  def loss(outputs):
+    logits, siamese = outputs
+    return F.cross_entropy(logits.float(), label, label_smoothing=0.2) + siamese
 
-  return step
+  return _sides.torch_step(optimizer, lambda: model(x, category), loss, dtype=dtype)
 
 
 def our_points(batch):

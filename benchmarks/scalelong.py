@@ -6,6 +6,7 @@ weights by `torch._foreach_lerp_`. A step of both draws times and noise.
 
 import functools
 
+from benchmarks import _sides
 from benchmarks.harness import Case
 
 PARAMETERS = 44_263_825
@@ -28,21 +29,12 @@ def ours(batch, what, dtype):
   if what == "inference":
     variables = jax.jit(model.init)(jax.random.key(0), images, jnp.ones(batch))
     assert sum(p.size for p in jax.tree.leaves(variables)) == PARAMETERS
-    apply = jax.jit(model.apply)
-    times = jnp.linspace(1, 999, batch)
-    return lambda: jax.block_until_ready(apply(variables, images, times))
+    return _sides.jax_call(model.apply, variables, images, jnp.linspace(1, 999, batch))
   tx = optax.adamw(RATE, *BETAS, weight_decay=DECAY)
   learner = diffusion.learner(
     model, VariancePreserving(), tx, time_scale=scalelong.TIME_SCALE, ema_decay=AVERAGE
   )  # fmt: skip
-  state = [jax.jit(learner.init)(jax.random.key(0), {"image": images})]
-  step = jax.jit(learner.step, donate_argnums=0)
-
-  def run():
-    state[0], _ = step(state[0], {"image": images})
-    jax.block_until_ready(state[0].params)
-
-  return run
+  return _sides.jax_step(learner, {"image": images})
 
 
 def torch(batch, what, dtype):
@@ -103,15 +95,8 @@ def torch(batch, what, dtype):
   network = Network()
   assert sum(p.numel() for p in network.parameters()) == PARAMETERS
   images = torch.randn(batch, 3, 32, 32)
-  autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=dtype == "bfloat16")
   if what == "inference":
-    times = torch.linspace(1, 999, batch)
-
-    def infer():
-      with torch.inference_mode(), autocast():
-        network(images, times)
-
-    return infer
+    return _sides.torch_call(network, images, torch.linspace(1, 999, batch), dtype=dtype)
   optimizer = torch.optim.AdamW(network.parameters(), RATE, BETAS, weight_decay=DECAY, foreach=True)
   average = list(copy.deepcopy(network).requires_grad_(False).parameters())
 
@@ -120,7 +105,7 @@ def torch(batch, what, dtype):
     log_alpha = (-0.05 * t - 4.975 * t**2)[:, None, None, None]
     noisy = log_alpha.exp() * images + (-torch.expm1(2 * log_alpha)).sqrt() * noise
     optimizer.zero_grad()
-    with autocast():
+    with _sides.autocast(dtype):
       predicted = network(noisy, 999 * t)
     functional.mse_loss(predicted.float(), noise).backward()
     optimizer.step()

@@ -7,6 +7,7 @@ CPU do, and the scan is the parallel one of `benchmarks/selective_scan.py`, whic
 
 import functools
 
+from benchmarks import _sides
 from benchmarks.harness import Case
 
 WIDTHS, DEPTHS, HEADS, WINDOWS, RATIOS = (32, 64, 144, 192), (2, 2, 4, 2), (1, 2, 4, 8), (11, 9, 9, 7), (4, 4, 3, 3)
@@ -28,17 +29,10 @@ def ours(batch, size, what, dtype):
   examples = jax.device_put({"image": image, "label": label})
   model = segman.segmenter("T", CLASSES, dtype=dtype)
   learner = train.supervised(model, train.cross_entropy(), optax.adamw(1e-4))
-  state = [jax.jit(learner.init)(jax.random.key(0), examples)]
   if what == "inference":
-    apply = jax.jit(functools.partial(model.apply, full_size=False))
-    return lambda: jax.block_until_ready(apply(state[0].variables, examples["image"]))
-  step = jax.jit(learner.step, donate_argnums=0)
-
-  def run():
-    state[0], _ = step(state[0], examples)
-    jax.block_until_ready(state[0].params)
-
-  return run
+    variables = jax.jit(model.init)(jax.random.key(0), examples["image"])
+    return _sides.jax_call(functools.partial(model.apply, full_size=False), variables, examples["image"])
+  return _sides.jax_step(learner, examples)
 
 
 def torch_attention(q, k, v, window, bias):
@@ -202,26 +196,11 @@ def torch(batch, size, what, dtype):
   torch.manual_seed(0)
   model = SegMAN()
   image, label = torch.randn(batch, 3, size, size), torch.randint(0, CLASSES, (batch, size, size))
-  context = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=dtype == "bfloat16")
   if what == "inference":
-    model.eval()
-
-    def run():
-      with torch.no_grad(), context():
-        model(image)
-
-    return run
+    return _sides.torch_call(model, image, dtype=dtype)
   optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
-
-  def step():
-    optimizer.zero_grad()
-    with context():
-      logits = F.interpolate(model(image), image.shape[2:], mode="bilinear")
-      loss = F.cross_entropy(logits.float(), label)
-    loss.backward()
-    optimizer.step()
-
-  return step
+  forward = lambda: F.interpolate(model(image), image.shape[2:], mode="bilinear")
+  return _sides.torch_step(optimizer, forward, lambda logits: F.cross_entropy(logits.float(), label), dtype=dtype)
 
 
 def our_attention(gradient):

@@ -6,6 +6,7 @@ layers, a reshape between the two.
 
 import functools
 
+from benchmarks import _sides
 from benchmarks.harness import Case
 
 WIDTHS, DEPTHS, HEADS, RATIOS, CLASSES = (64, 128, 256, 512), (2, 2, 8, 1), (None, None, 8, 16), (4, 4, 4, 2), 1000
@@ -28,17 +29,10 @@ def ours(batch, size, what, dtype):
   examples = jax.device_put(examples)
   model = smt.tiny(CLASSES, dtype=dtype)
   learner = train.supervised(model, train.cross_entropy(), optax.adamw(1e-3))
-  state = [jax.jit(learner.init)(jax.random.key(0), examples)]
   if what == "inference":
-    apply = jax.jit(model.apply)
-    return lambda: jax.block_until_ready(apply(state[0].variables, examples["image"]))
-  step = jax.jit(learner.step, donate_argnums=0)
-
-  def run():
-    state[0], _ = step(state[0], examples)
-    jax.block_until_ready(state[0].params)
-
-  return run
+    variables = jax.jit(model.init)(jax.random.key(0), examples["image"])
+    return _sides.jax_call(model.apply, variables, examples["image"])
+  return _sides.jax_step(learner, examples)
 
 
 def torch(batch, size, what, dtype):
@@ -135,25 +129,11 @@ def torch(batch, size, what, dtype):
   network = Network()
   assert sum(p.numel() for p in network.parameters()) == 11_506_536
   x, y = torch.randn(batch, 3, size, size), torch.randint(CLASSES, (batch,))
-  autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=dtype == "bfloat16")
   if what == "inference":
-    network.eval()
-
-    def infer():
-      with torch.no_grad(), autocast():
-        network(x)
-
-    return infer
+    return _sides.torch_call(network, x, dtype=dtype)
   optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
-
-  def run():
-    optimizer.zero_grad()
-    with autocast():
-      loss = functional.cross_entropy(network(x).float(), y)
-    loss.backward()
-    optimizer.step()
-
-  return run
+  loss = lambda logits: functional.cross_entropy(logits.float(), y)
+  return _sides.torch_step(optimizer, lambda: network(x), loss, dtype=dtype)
 
 
 def cases():

@@ -6,6 +6,7 @@ convolution. In bfloat16 it runs under autocast. Parameter counts are compared o
 
 import functools
 
+from benchmarks import _sides
 from benchmarks.harness import Case
 
 WIDTHS = {"S": 16, "B": 32}
@@ -30,19 +31,12 @@ def ours(variant, batch, side, what, dtype):
     optax.clip_by_global_norm(12.0), optax.add_decayed_weights(3e-5), optax.sgd(0.01, 0.99, nesterov=True)
   )
   learner = train.supervised(model, stu_net.segmentation_loss(), tx)
-  state = [jax.jit(learner.init)(jax.random.key(0), examples)]
-  assert sum(p.size for p in jax.tree.leaves(state[0].params)) == COUNT[variant]
+  shapes = jax.eval_shape(model.init, jax.random.key(0), volume)
+  assert sum(p.size for p in jax.tree.leaves(shapes)) == COUNT[variant]
   if what == "inference":
-    variables, state[0] = state[0].variables, None
-    apply = jax.jit(model.apply)
-    return lambda: jax.block_until_ready(apply(variables, examples["image"]))
-  step = jax.jit(learner.step, donate_argnums=0)
-
-  def run():
-    state[0], _ = step(state[0], examples)
-    jax.block_until_ready(state[0].params)
-
-  return run
+    variables = jax.jit(model.init)(jax.random.key(0), volume)
+    return _sides.jax_call(model.apply, variables, examples["image"])
+  return _sides.jax_step(learner, examples)
 
 
 def torch(variant, batch, side, what, dtype):
@@ -87,15 +81,8 @@ def torch(variant, batch, side, what, dtype):
   model = STUNet()
   assert sum(p.numel() for p in model.parameters()) == COUNT[variant]
   volume, label = torch.randn(batch, 1, side, side, side), torch.randint(0, CLASSES, (batch, side, side, side))
-  context = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=dtype == "bfloat16")
   if what == "inference":
-    model.eval()
-
-    def run():
-      with torch.no_grad(), context():
-        model(volume)
-
-    return run
+    return _sides.torch_call(model, volume, dtype=dtype)
   optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.99, weight_decay=3e-5, nesterov=True)
 
   def loss(logits, label):
@@ -106,7 +93,7 @@ def torch(variant, batch, side, what, dtype):
 
   def step():
     optimizer.zero_grad()
-    with context():
+    with _sides.autocast(dtype):
       scales = model(volume)
     total = 0.0
     for k, weight in enumerate((8, 4, 2, 1)):
