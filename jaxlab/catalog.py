@@ -88,7 +88,7 @@ SYSTEMS: tuple[System, ...] = (
   System("local_transformer", "learning", "InfoPro-L", "Local Learning on Transformers via Feature Reconstruction", "2212.14215"),
   System("prockd", "learning", "ProC-KD", "Prototype-guided Cross-task Knowledge Distillation for Large-scale Models", "2212.13180"),
   System("mend", "learning", "MEND", "Fast Model Editing at Scale", "2110.11309", "done"),
-  System("transformable_search", "learning", "TAS", "Network Pruning via Transformable Architecture Search", "1905.09717"),
+  System("transformable_search", "learning", "TAS", "Network Pruning via Transformable Architecture Search", "1905.09717", "done"),
   System("meta_pruning", "learning", "Meta pruning", "Meta Pruning via Graph Metanetworks: A Universal Meta Learning Framework for Network Pruning", "2506.12041"),
   System("data_pruning", "learning", "Data pruning", "Beyond neural scaling laws: beating power law scaling via data pruning", "2206.14486"),
   System("gais", "learning", "GAIS", "Scalable Graph Attention-based Instance Selection via Mini-Batch Sampling and Hierarchical Hashing", "2502.20293"),
