@@ -1,19 +1,23 @@
 """Host kernels of the 3-D convolution: register-blocked products of patches and filters, without forming the patches.
 
-An item copies the part of the volume that it needs into scratch memory, with the zeros around it, so that the window
-of an output voxel along a row is one run of kw * C numbers. Both the convolution and the gradient of its filters are
-then sums of
+Volumes come with the zeros around them, so that the window of an output voxel along a row is one run of kw * C numbers.
+Both the convolution and the gradient of its filters are then sums of
 
     sums[t, :] += a[t] * b[:]
 
 over such runs: for the convolution, t are voxels of a row, a their inputs and b filters; for the gradient, t are places
 of the window, a their inputs at one voxel and b the gradient there. `_accumulate` keeps the sums in registers.
+
+With `pairs`, what is called a number here is two neighbouring bfloat16 channels, whose products are both added: the
+processor has an instruction for that, which does twice the work of a float32 one.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Sequence
 
+import llvmlite.binding
 import numba
 import numpy as np
 from llvmlite import ir
@@ -23,49 +27,84 @@ from numba.extending import intrinsic
 
 from jaxlab import kernels
 
-_SCRATCH = 96 * 1024  # numbers of the volume that an item copies, if it can do with so few
-_TOGETHER = 128  # input channels up to which the rows of a filter are summed in registers without a stop
+_NEAR = 96 * 1024  # numbers of the volume that an item reads, if it can do with so few: they stay in its core's cache
+_PIECE = 128  # numbers of a window that are summed in registers without a stop
+FEW_CHANNELS = 64  # whose numbers are near each other in memory
+_PLACES = 32  # of a window that are copied together for the gradient
 _ITEMS = 16  # of a call, at least, to balance the load
 # Positions in the plan that an operation hands its kernel.
-_STRIDES, _BEFORE, _BLOCK, _WINDOW, _GROUPS = 0, 3, 6, 8, 11
+_STRIDES, _BLOCK, _WINDOW, _GROUPS = 0, 3, 5, 8
 
 _word = ir.IntType(64)
 
 
-@intrinsic(prefer_literal=True)
-def _accumulate(typing, tile, vectors, lanes, y, y_t, a, a_t, b, n1, a_1, b_1, n2, a_2, b_2):
-  """y[t, :] += sum over i < n1, j < n2 of a[t * a_t + i * a_1 + j * a_2] * b[i * b_1 + j * b_2 + :] for t < tile.
+class _BFloat(ir.Type):
+  """LLVM's bfloat, which llvmlite does not have."""
 
-  Addresses and steps are in bytes; a row of y and of b is `vectors` vectors.
+  def _to_string(self):
+    return "bfloat"
+
+  def __eq__(self, other):
+    return isinstance(other, _BFloat)
+
+  def __hash__(self):
+    return hash(_BFloat)
+
+
+@functools.cache
+def has_pairs() -> bool:
+  """Whether the processor multiplies and adds pairs of bfloat16 numbers."""
+  return bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16"))
+
+
+def _multiply_add(builder, vector, pairs, a, b, total):
+  """a * b + total; with `pairs`, of both halves of each number."""
+  if not pairs:
+    return vector.multiply_add(a, b, total)
+  halves = ir.VectorType(_BFloat(), 2 * vector.lanes)
+  kind = ir.FunctionType(vector.type, [vector.type, halves, halves])
+  name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * vector.lanes}"
+  function = cgutils.get_or_insert_function(builder.module, kind, name)
+  return builder.call(function, [total, builder.bitcast(a, halves), builder.bitcast(b, halves)])
+
+
+@intrinsic(prefer_literal=True)
+def _accumulate(typing, tile, vectors, lanes, pairs, y, y_t, a, a_t, b, n0, a_0, b_0, n1, a_1, b_1, n2, a_2, b_2):
+  """y[t, :] += sum of a[t * a_t + i * a_0 + j * a_1 + k * a_2] * b[i * b_0 + j * b_1 + k * b_2 + :] for t < tile.
+
+  The sum is over i < n0, j < n1 and k < n2. Addresses and steps are in bytes; a row of y and of b is `vectors` vectors.
   """
   tile_, vectors_, lanes_ = tile.literal_value, vectors.literal_value, lanes.literal_value
+  pairs_ = pairs.literal_value
 
   def codegen(context, builder, signature, args):
-    y, y_t, a, a_t, b, n1, a_1, b_1, n2, a_2, b_2 = args[3:]
+    y, y_t, a, a_t, b, *loops = args[4:]
     vector, add, mul = kernels.Vectors(builder, lanes_), builder.add, builder.mul
     column = lambda address, v: add(address, _word(vector.bytes * v))
     rows = [add(y, mul(y_t, _word(t))) for t in range(tile_)]
     places = vector.registers([vector.load(column(row, v)) for row in rows for v in range(vectors_)])
     # Four addresses are one register and multiples of the step: the processor adds these itself.
     two, three = mul(a_t, _word(2)), mul(a_t, _word(3))
-    with cgutils.for_range(builder, n1) as outer:
-      first_a, first_b = add(a, mul(outer.index, a_1)), add(b, mul(outer.index, b_1))
-      with cgutils.for_range(builder, n2) as inner:
-        at, weights = add(first_a, mul(inner.index, a_2)), add(first_b, mul(inner.index, b_2))
-        loaded = [vector.load(column(weights, v)) for v in range(vectors_)]
-        for t in range(tile_):
-          base = at if t < 4 else add(at, mul(a_t, _word(t // 4 * 4)))
-          place = base if t % 4 == 0 else add(base, (a_t, two, three)[t % 4 - 1])
-          value = vector.splat(builder.load(builder.inttoptr(place, ir.FloatType().as_pointer())))
-          for v in range(vectors_):
-            total = builder.load(places[t * vectors_ + v])
-            builder.store(vector.multiply_add(value, loaded[v], total), places[t * vectors_ + v])
+    with contextlib.ExitStack() as nest:
+      at, weights = a, b
+      for n, a_step, b_step in zip(loops[::3], loops[1::3], loops[2::3], strict=True):
+        loop = nest.enter_context(cgutils.for_range(builder, n))
+        at, weights = add(at, mul(loop.index, a_step)), add(weights, mul(loop.index, b_step))
+      loaded = [vector.load(column(weights, v)) for v in range(vectors_)]
+      for t in range(tile_):
+        base = at if t < 4 else add(at, mul(a_t, _word(t // 4 * 4)))
+        place = base if t % 4 == 0 else add(base, (a_t, two, three)[t % 4 - 1])
+        value = vector.splat(builder.load(builder.inttoptr(place, ir.FloatType().as_pointer())))
+        for v in range(vectors_):
+          total = builder.load(places[t * vectors_ + v])
+          total = _multiply_add(builder, vector, pairs_, value, loaded[v], total)
+          builder.store(total, places[t * vectors_ + v])
     for t, row in enumerate(rows):
       for v in range(vectors_):
         vector.store(builder.load(places[t * vectors_ + v]), column(row, v))
     return context.get_dummy_value()
 
-  return types.void(tile, vectors, lanes, *[types.int64] * 11), codegen
+  return types.void(tile, vectors, lanes, pairs, *[types.int64] * 14), codegen
 
 
 def lanes_for(channels: int) -> int:
@@ -73,10 +112,10 @@ def lanes_for(channels: int) -> int:
   return kernels.max_lanes() if channels > 8 else 8
 
 
-def vectors_for(channels: int) -> int:
-  """Vectors of outputs computed together, for a multiple of `lanes_for` outputs."""
+def vectors_for(channels: int, most: int) -> int:
+  """Vectors of outputs computed together, at most 4, for a multiple of `lanes_for` outputs."""
   count = channels // lanes_for(channels)
-  return 2 if count % 2 == 0 else 3 if count % 3 == 0 else 1
+  return next(vectors for vectors in (4, 2, 3, 1) if vectors <= most and count % vectors == 0)
 
 
 def tile_for(length: int, vectors: int) -> int:
@@ -87,14 +126,7 @@ def tile_for(length: int, vectors: int) -> int:
 
 
 def plan(
-  shape: Sequence[int],
-  window: Sequence[int],
-  out: Sequence[int],
-  strides: Sequence[int],
-  before: Sequence[int],
-  *,
-  channels: int,
-  sums: bool,
+  shape: Sequence[int], window: Sequence[int], out: Sequence[int], strides: Sequence[int], *, chunks: int, sums: bool
 ) -> tuple[np.ndarray, int]:
   """How a call is cut into items.
 
@@ -103,8 +135,7 @@ def plan(
     window: sides of the filters.
     out: sides of the result.
     strides: of its voxels.
-    before: zeros before each side (negative: voxels skipped).
-    channels: outputs, a multiple of `lanes_for`.
+    chunks: parts of the outputs that are computed one after the other.
     sums: whether items add into a part each, which should then be few, instead of writing voxels of their own.
 
   Returns:
@@ -112,31 +143,35 @@ def plan(
   """
   block = [out[0], out[1]]  # depth and height of the voxels of an item
 
-  def scratch() -> int:
+  def near() -> int:
     sides = [(n - 1) * s + k for n, s, k in zip((*block, out[2]), strides, window, strict=True)]
     return math.prod(sides) * shape[4]
 
-  while scratch() > _SCRATCH and max(block) > 1:
+  while near() > _NEAR and max(block) > 1:
     axis = 0 if block[0] > 1 else 1
     block[axis] = -(-block[axis] // 2)
   blocks = shape[0] * -(-out[0] // block[0]) * -(-out[1] // block[1])
-  chunks = channels // (lanes_for(channels) * vectors_for(channels))
   if sums:
-    groups, parts = chunks, min(blocks, max(1, _ITEMS // chunks))
+    groups, parts = chunks, min(blocks, max(1, _ITEMS // 2 // chunks))
   else:
     groups, parts = min(chunks, -(-_ITEMS // blocks)), blocks
-  return np.array([*strides, *before, *block, *window, groups, parts], np.int32), groups * parts
+  return np.array([*strides, *block, *window, groups, parts], np.int32), groups * parts
 
 
 @functools.cache
-def convolve(tile: int, vectors: int, lanes: int) -> kernels.Kernel:
-  """Kernel (x [N, D, H, W, C], w [kd, kh, kw * C, O], plan) -> y [N, d, h, w, O]."""
+def convolve(tile: int, vectors: int, lanes: int, pairs: bool) -> kernels.Kernel:
+  """Kernel (x [N, D, H, W, C], w [O / wide, kd, kh, kw * C, wide], plan) -> y [N, d, h, w, O], wide = vectors * lanes.
 
-  @kernels.kernel(f"volume.convolve.{tile}.{vectors}.{lanes}")
+  Voxel (i, j, k) of y is that of the window that begins at (i, j, k) * strides of x. Rows of x reach as far as whole
+  tiles of y do. x may have more channels than the filters: they are passed over.
+  """
+  number = types.uint32 if pairs else types.float32
+
+  @kernels.kernel(f"volume.convolve.{tile}.{vectors}.{lanes}.{pairs}")
   def kernel(item, frame):
-    x, w = kernels.operand(frame, 0, types.float32, 5), kernels.operand(frame, 1, types.float32, 4)
+    x, w = kernels.operand(frame, 0, number, 5), kernels.operand(frame, 1, number, 5)
     plan, y = kernels.operand(frame, 2, types.int32, 1), kernels.result(frame, 0, types.float32, 5)
-    channels, out, width = x.shape[4], y.shape[4], y.shape[3]
+    channels, width = x.shape[4], y.shape[3]
     sd, sh, sw = np.int64(plan[_STRIDES]), np.int64(plan[_STRIDES + 1]), np.int64(plan[_STRIDES + 2])
     kd, kh, kw = np.int64(plan[_WINDOW]), np.int64(plan[_WINDOW + 1]), np.int64(plan[_WINDOW + 2])
     depth, height, groups = np.int64(plan[_BLOCK]), np.int64(plan[_BLOCK + 1]), np.int64(plan[_GROUPS])
@@ -144,41 +179,36 @@ def convolve(tile: int, vectors: int, lanes: int) -> kernels.Kernel:
     high, deep = (y.shape[2] + height - 1) // height, (y.shape[1] + depth - 1) // depth
     n, d0, h0 = block // (high * deep), block // high % deep * depth, block % high * height
     depth, height = min(depth, y.shape[1] - d0), min(height, y.shape[2] - h0)
-    # The inputs of these voxels, with zeros where they lie outside; rows are filled up to whole tiles.
-    tiled = (width + tile - 1) // tile * tile
-    rows, row, run = (height - 1) * sh + kh, ((tiled - 1) * sw + kw) * channels, kw * channels
-    scratch = np.empty(((depth - 1) * sd + kd) * rows * row, np.float32)
-    _copy(
-      x, n, d0 * sd - np.int64(plan[_BEFORE]),
-      h0 * sh - np.int64(plan[_BEFORE + 1]), -np.int64(plan[_BEFORE + 2]) * channels, rows, row, scratch,
-    )  # fmt: skip
-    wide = vectors * lanes
-    together = kh if channels <= _TOGETHER else 1
-    packed, sums = np.empty(together * run * wide, np.float32), np.empty(depth * height * tiled * wide, np.float32)
-    chunks = out // wide
+    chunks, run, wide = w.shape[0], w.shape[3], vectors * lanes
+    # The window along a row is one stretch of x, or one a voxel where x has more channels.
+    stretches, length = (1, run) if run == kw * channels else (kw, run // kw)
+    high_together = kh if run <= _PIECE else 1
+    deep_together = kd if kh * run <= _PIECE else 1
+    row, tiled = x.shape[3] * channels, (width + tile - 1) // tile * tile
+    corner = x.ctypes.data + 4 * row * ((n * x.shape[1] + d0 * sd) * x.shape[2] + h0 * sh)
+    sums = np.empty(depth * height * tiled * wide, np.float32)
     for chunk in range(chunks * group // groups, chunks * (group + 1) // groups):
-      first = chunk * wide
       for p in range(len(sums)):
         sums[p] = 0
-      for a in range(kd):
-        for b in range(0, kh, together):
-          place = 0
-          for c in range(together):
-            for r in range(run):
-              for v in range(wide):
-                packed[place + v] = w[a, b + c, r, first + v]
-              place += wide
-          target = sums.ctypes.data
-          for i in range(depth):
-            for j in range(height):
-              source = scratch.ctypes.data + 4 * row * ((i * sd + a) * rows + j * sh + b)
-              for _ in range(0, width, tile):
-                _accumulate(
-                  tile, vectors, lanes, target, 4 * wide, source, 4 * sw * channels, packed.ctypes.data,
-                  together, 4 * row, 4 * run * wide, run, 4, 4 * wide,
-                )  # fmt: skip
-                source += 4 * tile * sw * channels
-                target += 4 * tile * wide
+      for a in range(0, kd, deep_together):
+        for b in range(0, kh, high_together):
+          for s in range(stretches):
+            for r in range(0, length, _PIECE):
+              piece = min(_PIECE, length - r)
+              weights = w.ctypes.data + 4 * wide * (((chunk * kd + a) * kh + b) * run + s * length + r)
+              target = sums.ctypes.data
+              for i in range(depth):
+                for j in range(height):
+                  source = corner + 4 * (row * ((i * sd + a) * x.shape[2] + j * sh + b) + s * channels + r)
+                  for _ in range(0, width, tile):
+                    _accumulate(
+                      tile, vectors, lanes, pairs, target, 4 * wide, source, 4 * sw * channels, weights,
+                      deep_together, 4 * row * x.shape[2], 4 * kh * run * wide,
+                      high_together, 4 * row, 4 * run * wide, piece, 4, 4 * wide,
+                    )  # fmt: skip
+                    source += 4 * tile * sw * channels
+                    target += 4 * tile * wide
+      first = chunk * wide
       for i in range(depth):
         for j in range(height):
           place = (i * height + j) * tiled * wide
@@ -191,57 +221,68 @@ def convolve(tile: int, vectors: int, lanes: int) -> kernels.Kernel:
 
 
 @functools.cache
-def correlate(tile: int, vectors: int, lanes: int) -> kernels.Kernel:
+def correlate(tile: int, vectors: int, lanes: int, pairs: bool) -> kernels.Kernel:
   """Kernel (x [N, D, H, W, C], g [N, d, h, w, O], plan) -> gradients of the filters [parts, kd, kh, kw * C, O].
 
-  Each part is that of some of the voxels: their sum is wanted.
+  Each part is that of some of the voxels: their sum is wanted. x and g are the bits of float32 numbers, or with `pairs`
+  of bfloat16 ones, of which those of neighbouring voxels are summed together. x begins and ends with the windows.
   """
+  number = types.uint16 if pairs else types.uint32
+  together = 2 if pairs else 1
 
-  @kernels.kernel(f"volume.correlate.{tile}.{vectors}.{lanes}")
+  @kernels.kernel(f"volume.correlate.{tile}.{vectors}.{lanes}.{pairs}")
   def kernel(item, frame):
-    x, g = kernels.operand(frame, 0, types.float32, 5), kernels.operand(frame, 1, types.float32, 5)
+    x, g = kernels.operand(frame, 0, number, 5), kernels.operand(frame, 1, number, 5)
     plan, y = kernels.operand(frame, 2, types.int32, 1), kernels.result(frame, 0, types.float32, 5)
-    channels, width = x.shape[4], g.shape[3]
+    width, out = g.shape[3], g.shape[4]
     sd, sh, sw = np.int64(plan[_STRIDES]), np.int64(plan[_STRIDES + 1]), np.int64(plan[_STRIDES + 2])
     kd, kh, kw = np.int64(plan[_WINDOW]), np.int64(plan[_WINDOW + 1]), np.int64(plan[_WINDOW + 2])
     most_deep, most_high, groups = np.int64(plan[_BLOCK]), np.int64(plan[_BLOCK + 1]), np.int64(plan[_GROUPS])
     parts, part, group = y.shape[0], item // groups, item % groups
     high, deep = (g.shape[2] + most_high - 1) // most_high, (g.shape[1] + most_deep - 1) // most_deep
-    blocks, wide = x.shape[0] * deep * high, vectors * lanes
-    first, run, row = group * wide, kw * channels, ((width - 1) * sw + kw) * channels
+    blocks, wide, step = x.shape[0] * deep * high, vectors * lanes, sw * x.shape[4]
+    first, run, row = group * wide, kw * x.shape[4], x.shape[3] * x.shape[4]
+    columns = (width + together - 1) // together
     tiled = (run + tile - 1) // tile * tile  # places of the window, and some behind it whose sums are of no use
-    scratch = np.empty(((most_deep - 1) * sd + kd) * ((most_high - 1) * sh + kh) * row + tile, np.float32)
-    packed = np.empty(most_deep * most_high * width * wide, np.float32)
+    # Voxels of few channels are read where they are; of others, the numbers that are used together are copied together.
+    direct = not pairs and x.shape[4] <= FEW_CHANNELS and run == tiled
+    piece = tiled if direct else min(tiled, _PLACES // tile * tile)
+    rows = (most_high - 1) * sh + kh
+    inputs = np.empty(0 if direct else ((most_deep - 1) * sd + kd) * rows * columns * piece, np.uint32)
+    gradients = np.empty(most_deep * most_high * columns * wide, np.uint32)
     sums = np.zeros(kd * kh * tiled * wide, np.float32)
     for block in range(blocks * part // parts, blocks * (part + 1) // parts):
       n, d0, h0 = block // (high * deep), block // high % deep * most_deep, block % high * most_high
       depth, height = min(most_deep, g.shape[1] - d0), min(most_high, g.shape[2] - h0)
-      rows = (height - 1) * sh + kh
-      used = ((depth - 1) * sd + kd) * rows * row
-      _copy(
-        x, n, d0 * sd - np.int64(plan[_BEFORE]),
-        h0 * sh - np.int64(plan[_BEFORE + 1]), -np.int64(plan[_BEFORE + 2]) * channels, rows, row, scratch[:used],
-      )  # fmt: skip
-      for p in range(used, used + tile):
-        scratch[p] = 0
-      place = 0
       for i in range(depth):
         for j in range(height):
-          for k in range(width):
-            for v in range(wide):
-              packed[place + v] = g[n, d0 + i, h0 + j, k, first + v]
-            place += wide
-      for i in range(depth):
-        gradients, target = packed.ctypes.data + 4 * wide * width * height * i, sums.ctypes.data
+          at = ((n * g.shape[1] + d0 + i) * g.shape[2] + h0 + j) * width * out + first
+          _pack(g.reshape(-1), at, out, width, wide, wide, pairs, gradients, (i * height + j) * columns * wide)
+      for p in range(0, tiled, piece):
+        size = min(piece, tiled - p)
+        corner = row * ((n * x.shape[1] + d0 * sd) * x.shape[2] + h0 * sh) + p
+        if direct:
+          source, line, column = x.ctypes.data + 4 * corner, row, step
+          plane = line * x.shape[2]
+        else:
+          source, line, column, plane = inputs.ctypes.data, columns * size, size, columns * size * rows
+          for i in range((depth - 1) * sd + kd):
+            for j in range((height - 1) * sh + kh):
+              at = corner + row * (i * x.shape[2] + j)
+              _pack(x.reshape(-1), at, step, width, min(size, run - p), size, pairs, inputs, i * plane + j * line)
+        # Lines that follow each other are one loop.
+        lines, length = (1, height * columns) if line == columns * column and sh == 1 else (height, columns)
         for a in range(kd):
           for b in range(kh):
-            source = scratch.ctypes.data + 4 * row * ((i * sd + a) * rows + b)
-            for _ in range(0, run, tile):
+            target = sums.ctypes.data + 4 * wide * ((a * kh + b) * tiled + p)
+            first_input = source + 4 * (a * plane + b * line)
+            for _ in range(0, size, tile):
               _accumulate(
-                tile, vectors, lanes, target, 4 * wide, source, 4, gradients,
-                height, 4 * row * sh, 4 * wide * width, width, 4 * sw * channels, 4 * wide,
+                tile, vectors, lanes, pairs, target, 4 * wide, first_input, 4, gradients.ctypes.data,
+                depth, 4 * plane * sd, 4 * wide * columns * height,
+                lines, 4 * line * sh, 4 * wide * columns, length, 4 * column, 4 * wide,
               )  # fmt: skip
-              source += 4 * tile
+              first_input += 4 * tile
               target += 4 * tile * wide
     for a in range(kd):
       for b in range(kh):
@@ -254,21 +295,22 @@ def correlate(tile: int, vectors: int, lanes: int) -> kernels.Kernel:
 
 
 @numba.njit(cache=True)
-def _copy(x, n, d, h, w, rows, row, scratch):
-  """Numbers of volume n from (d, h, w) on, `rows` rows of `row` numbers a slice; zeros outside. w counts numbers."""
-  slices, height, length = x.shape[1], x.shape[2], x.shape[3] * x.shape[4]
-  source = x.reshape(-1)
-  left, right = min(max(-w, 0), row), min(row, length - w)
-  for line in range(len(scratch) // row):
-    i, j, place = d + line // rows, h + line % rows, line * row
-    if 0 <= i < slices and 0 <= j < height and right > left:
-      start = ((n * slices + i) * height + j) * length + w
-      for p in range(left):
-        scratch[place + p] = 0
-      for p in range(left, right):
-        scratch[place + p] = source[start + p]
-      for p in range(max(left, right), row):
-        scratch[place + p] = 0
+def _pack(numbers, at, step, length, count, size, pairs, words, place):
+  """Writes `count` numbers from `at` on, zeros up to `size`, and the same `step` further on, `length` times in all.
+
+  With `pairs`, a word holds the numbers of one step and of the next.
+  """
+  for k in range(0, length, 2 if pairs else 1):
+    # Loops over slices from 0 on become vector instructions.
+    target, source = words[place : place + size], numbers[at : at + count]
+    if pairs and k + 1 < length:
+      following = numbers[at + step : at + step + count]
+      for q in range(count):
+        target[q] = np.uint32(source[q]) | (np.uint32(following[q]) << np.uint32(16))
     else:
-      for p in range(row):
-        scratch[place + p] = 0
+      for q in range(count):
+        target[q] = source[q]
+    for q in range(count, size):
+      target[q] = 0
+    place += size
+    at += 2 * step if pairs else step

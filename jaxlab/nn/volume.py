@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxlab import kernels
-from jaxlab.nn import _volume
+from jaxlab.nn import _volume, product
 
 Triple = tuple[int, int, int]
+_FEW = 128  # voxels up to which reading the filters is what takes time on CPU
 
 
 def convolve(
@@ -58,25 +59,52 @@ def convolve(
     y = jnp.einsum("bdhwc,co->bdhwo", x, kernel[0, 0, 0], preferred_element_type=jnp.float32).astype(x.dtype)
   elif kernels.available() and all(jnp.finfo(a.dtype).bits <= 32 for a in (x, kernel)):
     sides = tuple(-(-n // s) for n, s in zip(x.shape[1:4], strides, strict=True))
-    y = _convolve(x.astype(jnp.float32), kernel.astype(jnp.float32), strides, before, sides).astype(x.dtype)
+    dtype = x.dtype
+    if not dtype == kernel.dtype == jnp.bfloat16:
+      x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
+    few = x.shape[0] * math.prod(sides) <= _FEW
+    y = (_product if few else _convolve)(x, kernel, strides, before, sides).astype(dtype)
   else:
     padding = [(p, p) for p in before]
     y = jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
   return y if bias is None else y + bias
 
 
+def _product(x, kernel, strides, before, sides):
+  """`_convolve` as one product of the windows and the filters."""
+  window = kernel.shape[:3]
+  x = _framed(x, strides, before, window, sides)
+  last = [(n - 1) * s + 1 for n, s in zip(sides, strides, strict=True)]
+  taps = [
+    x[(slice(None), *(slice(t, t + n, s) for t, n, s in zip(tap, last, strides, strict=True)))]
+    for tap in itertools.product(*map(range, window))
+  ]
+  windows = jnp.concatenate(taps, -1)
+  return product.dot_general(windows, kernel.reshape(-1, kernel.shape[4]), (((4,), (0,)), ((), ())))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _convolve(x, kernel, strides, before, sides):
   """y[o] = sum over taps t of x[o * strides + t - before] kernel[t], for `sides` voxels o; float32."""
-  out = kernel.shape[4]
-  kernel = _padded(kernel, out)
+  window, out = kernel.shape[:3], kernel.shape[4]
+  if x.shape[4] % 2 or not _volume.has_pairs():
+    x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
+  pairs, kernel = x.dtype == jnp.bfloat16, _padded(kernel, out)
   channels = kernel.shape[4]
-  lanes, vectors = _volume.lanes_for(channels), _volume.vectors_for(channels)
-  plan, items = _volume.plan(x.shape, kernel.shape[:3], sides, strides, before, channels=channels, sums=False)
-  result = jax.ShapeDtypeStruct((x.shape[0], *sides, channels), x.dtype)
-  host = _volume.convolve(_volume.tile_for(sides[2], vectors), vectors, lanes)
-  rows = kernel.reshape(*kernel.shape[:2], -1, channels)
-  (y,) = kernels.call(host, [result], x, rows, jnp.asarray(plan), items=items)
+  lanes, vectors = _volume.lanes_for(channels), _volume.vectors_for(channels, 4)
+  tile, wide = _volume.tile_for(sides[2], vectors), lanes * vectors
+  x = _framed(x, strides, before, window, (*sides[:2], -(-sides[2] // tile) * tile))
+  filters = kernel.reshape(*window[:2], -1, channels // wide, wide).transpose(3, 0, 1, 2, 4)
+  if pairs:
+    x = jax.lax.bitcast_convert_type(x.reshape(*x.shape[:4], -1, 2), jnp.uint32)
+    filters = filters.reshape(*filters.shape[:3], -1, 2, wide).swapaxes(4, 5)
+    filters = jax.lax.bitcast_convert_type(filters, jnp.uint32)
+  plan, items = _volume.plan(x.shape, window, sides, strides, chunks=channels // wide, sums=False)
+  if x.shape[4] % 256 == 0:  # rows of voxels at such steps would share few lines of the cache
+    x = jnp.pad(x, [(0, 0)] * 4 + [(0, 16)])
+  result = jax.ShapeDtypeStruct((x.shape[0], *sides, channels), jnp.float32)
+  host = _volume.convolve(tile, vectors, lanes, pairs)
+  (y,) = kernels.call(host, [result], x, filters, jnp.asarray(plan), items=items)
   return y[..., :out]
 
 
@@ -86,13 +114,22 @@ def _convolve_forward(x, kernel, strides, before, sides):
 
 def _convolve_backward(strides, before, sides, saved, g):
   x, kernel = saved
-  return (
-    _transposed(g, kernel, strides, before, x.shape[1:4]),
-    _correlate(x, g, strides, before, kernel.shape[:3]),
-  )
+  g = g.astype(x.dtype)
+  dx = _transposed(g, kernel, strides, before, x.shape[1:4])
+  dkernel = _correlate(x, g, strides, before, kernel.shape[:3])
+  return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def _framed(x, strides, before, window, sides):
+  """x with zeros around it, or cut: the windows of `sides` voxels that lie `strides` apart."""
+  whole = [(n - 1) * s + k for n, s, k in zip(sides, strides, window, strict=True)]
+  after = [n - p - m for n, p, m in zip(whole, before, x.shape[1:4], strict=True)]
+  return jax.lax.pad(
+    x, jnp.zeros((), x.dtype), [(0, 0, 0), *((p, q, 0) for p, q in zip(before, after, strict=True)), (0, 0, 0)]
+  )
 
 
 def _transposed(g, kernel, strides, before, sides):
@@ -113,7 +150,7 @@ def _transposed(g, kernel, strides, before, sides):
     taps = [along(axis, r) for axis, r in enumerate(remainders)]
     shape = tuple(count for *_, count in taps)
     if any(last < first for first, last, *_ in taps):
-      return jnp.zeros((g.shape[0], *shape, kernel.shape[3]), g.dtype)
+      return jnp.zeros((g.shape[0], *shape, kernel.shape[3]), jnp.float32)
     chosen = turned[tuple(slice(first, last + 1, s) for first, last, s, *_ in taps)][::-1, ::-1, ::-1]
     return _convolve(g, chosen, (1, 1, 1), tuple(lead for *_, lead, _ in taps), shape)
 
@@ -134,16 +171,20 @@ def _transposed(g, kernel, strides, before, sides):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _correlate(x, g, strides, before, window):
   """The gradient of `_convolve` by its kernel: sum over o of x[o * strides + t - before] g[o] for each tap t."""
-  out = g.shape[4]
-  g = _padded(g, out)
+  inputs, out = x.shape[4], g.shape[4]
+  if inputs <= _volume.FEW_CHANNELS or not _volume.has_pairs():
+    x, g = x.astype(jnp.float32), g.astype(jnp.float32)
+  pairs, g = x.dtype == jnp.bfloat16, _padded(g, out)
   channels = g.shape[4]
-  lanes, vectors = _volume.lanes_for(channels), _volume.vectors_for(channels)
-  plan, items = _volume.plan(x.shape, window, g.shape[1:4], strides, before, channels=channels, sums=True)
-  parts, run = int(plan[-1]), window[2] * x.shape[4]
-  result = jax.ShapeDtypeStruct((parts, *window[:2], run, channels), x.dtype)
-  host = _volume.correlate(_volume.tile_for(run, vectors), vectors, lanes)
+  lanes, vectors = _volume.lanes_for(channels), _volume.vectors_for(channels, 2)
+  x = _framed(x, strides, before, window, g.shape[1:4])
+  chunks = channels // (lanes * vectors)
+  plan, items = _volume.plan(x.shape, window, g.shape[1:4], strides, chunks=chunks, sums=True)
+  result = jax.ShapeDtypeStruct((int(plan[-1]), *window[:2], window[2] * inputs, channels), jnp.float32)
+  host = _volume.correlate(_volume.tile_for(window[2] * inputs, vectors), vectors, lanes, pairs)
+  x, g = (jax.lax.bitcast_convert_type(a, jnp.uint16 if pairs else jnp.uint32) for a in (x, g))
   (sums,) = kernels.call(host, [result], x, g, jnp.asarray(plan), items=items)
-  return sums.sum(0)[..., :out].reshape(*window, x.shape[4], out)
+  return sums.sum(0)[..., :out].reshape(*window, inputs, out)
 
 
 def _correlate_forward(x, g, strides, before, window):
@@ -152,10 +193,9 @@ def _correlate_forward(x, g, strides, before, window):
 
 def _correlate_backward(strides, before, window, saved, dkernel):
   x, g = saved
-  return (
-    _transposed(g, dkernel, strides, before, x.shape[1:4]),
-    _convolve(x, dkernel, strides, before, g.shape[1:4]),
-  )
+  dkernel = dkernel.astype(x.dtype)
+  dx = _transposed(g, dkernel, strides, before, x.shape[1:4])
+  return dx.astype(x.dtype), _convolve(x, dkernel, strides, before, g.shape[1:4]).astype(g.dtype)
 
 
 _correlate.defvjp(_correlate_forward, _correlate_backward)

@@ -132,7 +132,7 @@ def test_checkpoints_of_stages_keep_gradients_and_halve_memory():
   label = jnp.zeros(x.shape[:-1], int)
 
   def gradient(remat):
-    model = stu_net.STUNet(2, widths=(8, 8), depths=(3, 1), strides=((2, 2, 2),), remat=remat)
+    model = stu_net.STUNet(2, widths=(8, 8), depths=(4, 1), strides=((2, 2, 2),), remat=remat)
     loss = lambda variables, x: stu_net.dice_cross_entropy(model.apply(variables, x), label)
     lowered = jax.jit(jax.grad(loss)).lower(filled(model, x), x)
     # XLA's CPU backend would merge what is computed twice: its pass that removes the barriers between is left out.
