@@ -30,7 +30,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab import checks, interop
 from jaxlab.nn import dct
-from jaxlab.nn.conv import DepthwiseConv, StridedConv
+from jaxlab.nn.conv import Conv, DepthwiseConv
 from jaxlab.nn.drop_path import DropPath, linear_rates
 from jaxlab.nn.initializers import torch_kernel
 from jaxlab.nn.module import check_images, precision
@@ -290,7 +290,7 @@ class CVMHUNet(nn.Module):
     x = images.astype(self.dtype)
     if height % unit or width % unit:
       x = jnp.pad(x, ((0, 0), (0, -height % unit), (0, -width % unit), (0, 0)), mode="edge")
-    x = StridedConv(self.widths[0], 4, 4, kernel_init=torch_kernel, name="embed", **options)(x)
+    x = Conv(self.widths[0], 4, 4, kernel_init=torch_kernel, name="embed", **options)(x)
     x = norm(name="embed_norm")(x)
     entered, left = [], []
     for i, rates in enumerate(linear_rates(self.drop_path, self.encoder_depths)):

@@ -34,6 +34,7 @@ from jaxtyping import Array, Float, Key
 from jaxlab import checks, interop
 from jaxlab.nn import transformer
 from jaxlab.nn.attention import multi_head_attention
+from jaxlab.nn.conv import Conv
 from jaxlab.nn.drop_path import DropPath, linear_rates
 from jaxlab.nn.dropout import dropout
 from jaxlab.nn.initializers import torch_bias, torch_kernel
@@ -194,8 +195,8 @@ class SwinStage(nn.Module):
         shift = window // 2 if j % 2 and min(x.shape[1:3]) > window else 0
         block = SwinBlock(self.num_heads[i], window, shift, self.mlp_width, rate, name=f"group{i}_block{j}", **options)
         y = block(y, train=train)
-      bias_init = torch_bias(9 * channels)
-      conv = nn.Conv(channels, (3, 3), kernel_init=torch_kernel, bias_init=bias_init, name=f"group{i}_conv", **options)
+      init: dict[str, Any] = {"kernel_init": torch_kernel, "bias_init": torch_bias(9 * channels)}
+      conv = Conv(channels, 3, padding=1, name=f"group{i}_conv", **init, **options)
       x = x + self.scale * nn.relu(conv(y))
     return x
 

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float
 
 from jaxlab import checks, interop
 from jaxlab.nn.attention import multi_head_attention
-from jaxlab.nn.conv import DepthwiseConv, StridedConv
+from jaxlab.nn.conv import Conv, DepthwiseConv
 from jaxlab.nn.drop_path import DropPath, linear_rates
 from jaxlab.nn.module import check_images, precision
 from jaxlab.nn.neighborhood_attention import neighborhood_attention
@@ -221,9 +221,9 @@ class Encoder(nn.Module):
       nn.BatchNorm, not train, momentum=0.9, epsilon=1e-5, axis_name=self.axis_name, **options
     )  # fmt: skip
     down: Any = functools.partial(
-      StridedConv, kernel_size=3, stride=2, padding=1, use_bias=False, kernel_init=_init, **options
+      Conv, kernel_size=3, stride=2, padding=1, use_bias=False, kernel_init=_init, **options
     )  # fmt: skip
-    same: Any = functools.partial(nn.Conv, kernel_size=(3, 3), use_bias=False, kernel_init=_init, **options)
+    same: Any = functools.partial(Conv, kernel_size=3, padding=1, use_bias=False, kernel_init=_init, **options)
     gelu = functools.partial(nn.gelu, approximate=False)
     block: Any = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
 
@@ -321,7 +321,7 @@ class Decoder(nn.Module):
       return relu_norm(Dense(features, use_bias=False, kernel_init=_init, name=name, **options)(y), name)
 
     def strided(y: Array, features: int, size: int, stride: int, name: str) -> Array:
-      conv = StridedConv(features, size, stride, 1, use_bias=False, kernel_init=_init, name=name, **options)
+      conv = Conv(features, size, stride, 1, use_bias=False, kernel_init=_init, name=name, **options)
       return relu_norm(conv(y), name)
 
     e, sides = self.width, maps[0].shape[1:3]

@@ -30,7 +30,7 @@ from jaxtyping import Array, Float
 
 from jaxlab import checks, interop
 from jaxlab.nn.attention import multi_head_attention
-from jaxlab.nn.conv import DepthwiseConv, GroupedPointwiseConv, StridedConv
+from jaxlab.nn.conv import Conv, DepthwiseConv, GroupedPointwiseConv
 from jaxlab.nn.drop_path import DropPath, linear_rates
 from jaxlab.nn.module import check_images, precision
 from jaxlab.nn.product import Dense
@@ -198,7 +198,7 @@ class Stem(nn.Module):
   def __call__(self, images: Float[Array, "b i j d"], *, train: bool = False) -> Float[Array, "b h w c"]:
     """Args: images. Returns maps of a quarter of the sides."""
     options = precision(self)
-    conv = functools.partial(StridedConv, self.width, stride=2, kernel_init=_conv_init(), **options)
+    conv = functools.partial(Conv, self.width, stride=2, kernel_init=_conv_init(), **options)
     x = conv(kernel_size=self.kernel_size, padding=self.kernel_size // 2, use_bias=False, name="conv1")(images)
     x = nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, axis_name=self.axis_name, name="norm1", **options)(x)
     x = conv(kernel_size=2, name="conv2")(nn.relu(x))
@@ -266,7 +266,7 @@ class SMT(nn.Module):
       axis_name=self.axis_name,
       **options,
     )
-    conv = functools.partial(StridedConv, kernel_size=3, stride=2, padding=1, kernel_init=_conv_init(), **options)
+    conv = functools.partial(Conv, kernel_size=3, stride=2, padding=1, kernel_init=_conv_init(), **options)
 
     maps = []
     x = images.astype(self.dtype)

@@ -1,9 +1,10 @@
-"""Strided, depthwise and grouped pointwise convolution, NHWC, each in the form that is fastest on the backend at hand.
+"""Dense, depthwise and grouped pointwise convolution, NHWC, each in the form that is fastest on the backend at hand.
 
-On GPU and TPU they are XLA's own operations. XLA's CPU backend has no fast grouped convolution (jax issue
-23713, flax issue 4207), so there float32 and narrower types run as host kernels (`jaxlab.nn._depthwise`,
-`jaxlab.nn._grouped`) in float32. Gradients are again such convolutions, so they can be differentiated further;
-forward-mode differentiation is not available on CPU.
+On GPU and TPU they are XLA's own operations. XLA's CPU backend has no fast grouped convolution (jax issue 23713, flax
+issue 4207), and dense ones at half the speed of the processor, so there float32 and narrower types run as host kernels
+(`jaxlab.nn._depthwise` and `jaxlab.nn._grouped`, in float32, and `jaxlab.nn.volume` on volumes one slice thick).
+Gradients are again such convolutions, so they can be differentiated further; forward-mode differentiation is not
+available on CPU.
 """
 
 import functools
@@ -14,21 +15,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxlab import kernels
-from jaxlab.nn import _depthwise, _grouped
+from jaxlab.nn import _depthwise, _grouped, volume
+
+_WIDE = 16  # channels from which on the host kernel is the faster one
 
 
-def strided(
+def dense(
   x: Float[Array, "b h w c"],
   kernel: Float[Array, "k l c o"],
   bias: Float[Array, " o"] | None = None,
   *,
-  stride: int,
+  stride: int = 1,
   padding: int = 0,
 ) -> Float[Array, "b i j o"]:
-  """Convolution with a stride, as between the stages of a pyramid.
-
-  On CPU it is a product of patches and the kernel, whose gradients are products too: XLA's gradients of strided
-  convolutions are many times slower there.
+  """Convolution of all channels with all.
 
   Args:
     x: images.
@@ -52,9 +52,15 @@ def strided(
   if padding < 0:
     raise ValueError(f"padding: got {padding}, expected at least 0")
   rows, columns, channels, out = kernel.shape
-  if jax.default_backend() == "cpu":
+  height, width = ((n + 2 * padding - k) // stride + 1 for n, k in zip(x.shape[1:3], (rows, columns), strict=True))
+  overlapping = max(rows, columns) > stride
+  if overlapping and min(channels, out) >= _WIDE and _host(x, kernel):
+    y = volume.on_host(
+      x[:, None], kernel[None], (1, stride, stride), (0, padding, padding), (1, height, width)
+    )[:, 0]  # fmt: skip
+  elif stride > 1 and jax.default_backend() == "cpu":
+    # A product of patches and the kernel: XLA's gradients of strided convolutions are many times slower.
     padded = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    height, width = (padded.shape[1] - rows) // stride + 1, (padded.shape[2] - columns) // stride + 1
     taps = [
       padded[:, i : i + stride * (height - 1) + 1 : stride, j : j + stride * (width - 1) + 1 : stride]
       for i in range(rows)
@@ -270,8 +276,10 @@ def _swap(kernel, groups):
   return kernel.reshape(size, groups, -1).transpose(2, 1, 0).reshape(-1, groups * size)
 
 
-class StridedConv(nn.Module):
-  """Convolution with a stride; parameters `kernel` [k, k, C, features] and `bias` [features], as `flax.linen.Conv`.
+class Conv(nn.Module):
+  """Convolution of all channels with all, with the parameters of `flax.linen.Conv`.
+
+  They are `kernel` [k, k, C, features] and `bias` [features].
 
   Attributes:
     features: outputs.
@@ -282,22 +290,25 @@ class StridedConv(nn.Module):
     dtype: compute dtype.
     param_dtype: dtype of the parameters.
     kernel_init: initialiser of the filters.
+    bias_init: initialiser of the bias.
   """
 
   features: int
   kernel_size: int
-  stride: int
+  stride: int = 1
   padding: int = 0
   use_bias: bool = True
   dtype: jax.typing.DTypeLike = "float32"
   param_dtype: jax.typing.DTypeLike = "float32"
   kernel_init: jax.nn.initializers.Initializer = nn.initializers.lecun_normal()
+  bias_init: jax.nn.initializers.Initializer = nn.initializers.zeros
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j o"]:
     """Images to images, in `dtype`."""
-    x, kernel, bias = _promoted(self, x, (self.kernel_size, self.kernel_size, x.shape[-1], self.features))
-    return strided(x, kernel, bias, stride=self.stride, padding=self.padding)
+    shape = self.kernel_size, self.kernel_size, x.shape[-1], self.features
+    x, kernel, bias = _promoted(self, x, shape, self.bias_init)
+    return dense(x, kernel, bias, stride=self.stride, padding=self.padding)
 
 
 class DepthwiseConv(nn.Module):
@@ -356,8 +367,8 @@ class GroupedPointwiseConv(nn.Module):
     return grouped_pointwise(x, kernel, bias)
 
 
-def _promoted(module, x, shape):
+def _promoted(module, x, shape, bias_init=nn.initializers.zeros):
   """Images, the kernel of a layer and its bias if it has one, in the layer's compute dtype."""
   kernel = module.param("kernel", module.kernel_init, shape, module.param_dtype)
-  bias = module.param("bias", nn.initializers.zeros, shape[-1:], module.param_dtype) if module.use_bias else None
+  bias = module.param("bias", bias_init, shape[-1:], module.param_dtype) if module.use_bias else None
   return nn.dtypes.promote_dtype(x, kernel, bias, dtype=module.dtype)

@@ -58,16 +58,37 @@ def convolve(
     x = x[:, *(slice(None, None, s) for s in strides)]
     y = jnp.einsum("bdhwc,co->bdhwo", x, kernel[0, 0, 0], preferred_element_type=jnp.float32).astype(x.dtype)
   elif kernels.available() and all(jnp.finfo(a.dtype).bits <= 32 for a in (x, kernel)):
-    sides = tuple(-(-n // s) for n, s in zip(x.shape[1:4], strides, strict=True))
-    dtype = x.dtype
-    if not dtype == kernel.dtype == jnp.bfloat16:
-      x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
-    few = x.shape[0] * math.prod(sides) <= _FEW
-    y = (_product if few else _convolve)(x, kernel, strides, before, sides).astype(dtype)
+    y = on_host(x, kernel, strides, before, tuple(-(-n // s) for n, s in zip(x.shape[1:4], strides, strict=True)))
   else:
     padding = [(p, p) for p in before]
     y = jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
   return y if bias is None else y + bias
+
+
+def on_host(
+  x: Float[Array, "b d h w c"],
+  kernel: Float[Array, "i j k c o"],
+  strides: tuple[int, ...],
+  before: tuple[int, ...],
+  sides: tuple[int, ...],
+) -> Float[Array, "b p q r o"]:
+  """The convolution on CPU with any zeros around: y[o] = sum over taps t of x[o * strides + t - before] kernel[t].
+
+  Args:
+    x: volumes of float32 or a narrower type.
+    kernel: filters.
+    strides: of the output voxels.
+    before: zeros before each side.
+    sides: of the result; where its windows reach beyond x, there are zeros.
+
+  Returns:
+    In the dtype of `x`, accumulated in float32.
+  """
+  dtype = x.dtype
+  if not dtype == kernel.dtype == jnp.bfloat16:
+    x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
+  few = x.shape[0] * math.prod(sides) <= _FEW
+  return (_product if few else _convolve)(x, kernel, strides, before, sides).astype(dtype)
 
 
 def _product(x, kernel, strides, before, sides):

@@ -137,10 +137,14 @@ def test_bad_input(call, argument):
     call()
 
 
-@pytest.mark.parametrize(("k", "stride", "padding", "size"), [(3, 2, 1, (7, 8)), (2, 2, 0, (6, 5)), (7, 4, 3, (9, 9))])
-def test_strided_form_equals_xla(k, stride, padding, size, monkeypatch):
-  x, w, b = random(2, *size, 3), random(k, k, 3, 5), random(5)
-  function = lambda x, w, b: conv.strided(x, w, b, stride=stride, padding=padding)
+# By patches, and by the host kernel: channels decide.
+@pytest.mark.parametrize(("inputs", "outputs"), [(3, 5), (16, 24)])
+@pytest.mark.parametrize(
+  ("k", "stride", "padding", "size"), [(3, 2, 1, (7, 8)), (2, 2, 0, (6, 5)), (7, 4, 3, (9, 9)), (3, 1, 1, (9, 10))]
+)
+def test_dense_form_equals_xla(k, stride, padding, size, inputs, outputs, monkeypatch):
+  x, w, b = random(2, *size, inputs), random(k, k, inputs, outputs), random(outputs)
+  function = lambda x, w, b: conv.dense(x, w, b, stride=stride, padding=padding)
   y, vjp = jax.vjp(function, x, w, b)
   g = random(*y.shape)
   mine = (y, *vjp(g))
@@ -148,19 +152,19 @@ def test_strided_form_equals_xla(k, stride, padding, size, monkeypatch):
   y, vjp = jax.vjp(function, x, w, b)
   for a, c in zip(mine, (y, *vjp(g)), strict=True):
     np.testing.assert_allclose(a, c, rtol=1e-4, atol=1e-4)
-  assert y.shape == (2, *((s + 2 * padding - k) // stride + 1 for s in size), 5)
+  assert y.shape == (2, *((s + 2 * padding - k) // stride + 1 for s in size), outputs)
 
 
 @pytest.mark.parametrize(
   ("call", "argument"),
   [
-    (lambda x, w: conv.strided(x[0], w, stride=2), "kernel"),
-    (lambda x, w: conv.strided(x, w[:, :, :1], stride=2), "kernel"),
-    (lambda x, w: conv.strided(x, w, jnp.ones(1), stride=2), "bias"),
-    (lambda x, w: conv.strided(x, w, stride=0), "stride"),
-    (lambda x, w: conv.strided(x, w, stride=2, padding=-1), "padding"),
+    (lambda x, w: conv.dense(x[0], w, stride=2), "kernel"),
+    (lambda x, w: conv.dense(x, w[:, :, :1], stride=2), "kernel"),
+    (lambda x, w: conv.dense(x, w, jnp.ones(1), stride=2), "bias"),
+    (lambda x, w: conv.dense(x, w, stride=0), "stride"),
+    (lambda x, w: conv.dense(x, w, stride=2, padding=-1), "padding"),
   ],
 )
-def test_bad_strided_input(call, argument):
+def test_bad_dense_input(call, argument):
   with pytest.raises(ValueError, match=f"^{argument}: got"):
     call(jnp.ones((1, 8, 8, 3)), jnp.ones((3, 3, 3, 5)))

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from jaxlab import checks, interop
 from jaxlab.nn.batch_norm import BatchNormAct
-from jaxlab.nn.conv import StridedConv
+from jaxlab.nn.conv import Conv
 from jaxlab.nn.initializers import torch_bias, torch_kernel
 from jaxlab.nn.module import precision
 
@@ -156,9 +156,7 @@ class BasicBlock(nn.Module):
 
 def conv(features: int, size: int, stride: int = 1, **options: Any) -> nn.Module:
   """Convolution with `size // 2` zeros on every side, as PyTorch pads."""
-  if stride == 1:
-    return nn.Conv(features, (size, size), padding=size // 2, kernel_init=_INIT, **options)
-  return StridedConv(features, size, stride, padding=size // 2, kernel_init=_INIT, **options)
+  return Conv(features, size, stride, padding=size // 2, kernel_init=_INIT, **options)
 
 
 def linear(features: int, inputs: int, **options: Any) -> nn.Dense:

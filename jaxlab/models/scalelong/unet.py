@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from jaxlab import checks, interop
 from jaxlab.models.scalelong.skips import Scaling, SkipScaling
 from jaxlab.nn.attention import multi_head_attention
-from jaxlab.nn.conv import StridedConv
+from jaxlab.nn.conv import Conv
 from jaxlab.nn.diffusion import timestep_embedding
 from jaxlab.nn.module import check_images, precision
 
@@ -51,7 +51,7 @@ class ResBlock(nn.Module):
     """Args: x, maps; time, embedded; `train` is positional for `nn.remat`. Returns maps."""
     options = precision(self)
     norm = functools.partial(nn.GroupNorm, self.num_groups, epsilon=1e-6, **options)
-    conv = functools.partial(nn.Conv, self.features, (3, 3), **options)
+    conv = functools.partial(Conv, self.features, 3, padding=1, **options)
     h = conv(kernel_init=_init, name="conv1")(nn.silu(norm(name="norm1")(x)))
     h = h + nn.Dense(self.features, kernel_init=_init, name="time", **options)(nn.silu(time))[:, None, None]
     h = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(norm(name="norm2")(h)))
@@ -130,7 +130,7 @@ class UNet(nn.Module):
     """
     self._check(images, timesteps)
     options = precision(self)
-    conv: Any = functools.partial(nn.Conv, kernel_size=(3, 3), kernel_init=_init, **options)
+    conv: Any = functools.partial(Conv, kernel_size=3, padding=1, kernel_init=_init, **options)
     res_block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
 
     time = timestep_embedding(timesteps, self.width, sine_first=True, last_period=True).astype(self.dtype)
@@ -154,7 +154,7 @@ class UNet(nn.Module):
         skips.append(x)
       if i + 1 < len(levels):
         x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
-        x = StridedConv(features, 3, 2, kernel_init=_init, name=f"down{i}_halve", **options)(x)
+        x = Conv(features, 3, 2, kernel_init=_init, name=f"down{i}_halve", **options)(x)
         skips.append(x)
 
     x = block(x, x.shape[-1], "mid_block0")
@@ -172,7 +172,7 @@ class UNet(nn.Module):
         x = conv(features, name=f"up{i}_double")(x)
 
     x = nn.silu(nn.GroupNorm(self.num_groups, epsilon=1e-6, name="norm_out", **options)(x))
-    return nn.Conv(self.in_channels, (3, 3), kernel_init=_nothing, name="conv_out", **options)(x)
+    return Conv(self.in_channels, 3, padding=1, kernel_init=_nothing, name="conv_out", **options)(x)
 
   def _check(self, images: Array, timesteps: Array) -> None:
     check_images(images, self.in_channels)

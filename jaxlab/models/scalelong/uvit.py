@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from jaxlab import checks, interop
 from jaxlab.models.scalelong.skips import Scaling, SkipScaling
 from jaxlab.nn import transformer
-from jaxlab.nn.conv import StridedConv
+from jaxlab.nn.conv import Conv
 from jaxlab.nn.diffusion import timestep_embedding
 from jaxlab.nn.initializers import torch_kernel
 from jaxlab.nn.module import check_images, precision
@@ -97,7 +97,7 @@ class UViT(nn.Module):
     dense: Any = functools.partial(Dense, kernel_init=_dense_init, **options)
     batch, grid, p = images.shape[0], self.image_size // self.patch_size, self.patch_size
 
-    patches = StridedConv(self.width, p, p, kernel_init=torch_kernel, name="patch_embed", **options)(images)
+    patches = Conv(self.width, p, p, kernel_init=torch_kernel, name="patch_embed", **options)(images)
     tokens = [timestep_embedding(timesteps, self.width)[:, None], patches.reshape(batch, -1, self.width)]
     if labels is not None:
       embed = nn.Embed(self.num_classes, self.width, embedding_init=nn.initializers.normal(1.0), name="label_embed")
@@ -125,7 +125,7 @@ class UViT(nn.Module):
     x = x.reshape(batch, grid, grid, p, p, self.in_channels).swapaxes(2, 3).reshape(images.shape)
     if not self.final_conv:
       return x
-    return nn.Conv(self.in_channels, (3, 3), kernel_init=torch_kernel, name="final_conv", **options)(x)
+    return Conv(self.in_channels, 3, padding=1, kernel_init=torch_kernel, name="final_conv", **options)(x)
 
   def _check(self, images: Array, timesteps: Array, labels: Array | None) -> None:
     check_images(images, self.in_channels)
