@@ -44,16 +44,22 @@ class Config(comparison.Recipe):
   """Where the defaults of all other fields come from."""
   widths: tuple[int, int, int, int] = (10, 10, 20, 40)
   """Channels of the first convolution and of the stages."""
-  epochs: int = 5
+  epochs: int = 4
   """Passes over the training images, of every network."""
+  batch_size: int = 64
+  """Images a step."""
   weight_decay: float = 5e-4
   """Of all weights."""
   ratio: float = 0.55
   """Target cost over the full network's."""
-  search_epochs: int = 12
+  search_epochs: int = 8
   """Passes over each half of the training images."""
-  architecture_rate: float = 0.01
+  architecture_rate: float = 0.1
   """Of Adam on the logits; the published 0.001 is for a hundred times as many steps."""
+  architecture_decay: bool = True
+  """Whether that rate falls to 0 by a cosine, so that a short search settles."""
+  cost_weight: float = 0.1
+  """Of the cost; the published 2 drowns the images' gradient until a search has been long."""
   random_networks: int = 2
   """For each seed."""
   workdir: pathlib.Path = pathlib.Path("runs/transformable_search")
@@ -88,6 +94,8 @@ PRESETS = {
     ratio=0.51,
     search_epochs=600,
     architecture_rate=1e-3,
+    architecture_decay=False,
+    cost_weight=2.0,
     random_networks=5,
   ),
 }
@@ -126,26 +134,29 @@ class Halves(grain.DatasetIterator):
       half.set_state(state[name])
 
 
-def search(config: Config, task: comparison.Task, seed: int, folder: pathlib.Path, kept: Any) -> dict[str, Any]:
-  """The genotype that a search finds, and how its cost came about."""
-  model, steps = tas.SearchNetwork(config.space), task.steps_per_epoch // 2
+def searcher(config: Config, steps_per_epoch: int) -> train.Learner:
+  """Of all seeds."""
+  steps, rate = config.search_epochs * steps_per_epoch, config.architecture_rate
   learner = tas.search_learner(
-    model,
-    config.sgd(config.search_epochs, steps, 0),
-    tas.architecture_optimizer(config.architecture_rate),
-    tas.temperature(config.search_epochs, steps),
+    tas.SearchNetwork(config.space),
+    config.sgd(config.search_epochs, steps_per_epoch, 0),
+    tas.architecture_optimizer(optax.cosine_decay_schedule(rate, steps) if config.architecture_decay else rate),
+    tas.temperature(config.search_epochs, steps_per_epoch),
     ratio=config.ratio,
+    cost_weight=config.cost_weight,
   )
-  learner = learner._replace(init=_jit(learner.init), step=_jit(learner.step, donate_argnums=0))
-  state = fitted(learner, Halves(task, seed), config.search_epochs * steps, seed, folder, kept, log_every=1)
-  rows = train.read_metrics(folder)
-  genotype = tas.extract(config.space, jax.device_get(state.found))
-  return {
-    "widths": genotype.widths,
-    "depths": genotype.depths,
-    "macs": rows["macs"][1],
-    "expected_macs": rows["expected_macs"][1],
-  }
+  return learner._replace(init=_jit(learner.init), step=_jit(learner.step, donate_argnums=0))
+
+
+def search(
+  learner: train.Learner, config: Config, task: comparison.Task, seed: int, folder: pathlib.Path, kept: Any
+) -> dict[str, Any]:
+  """The genotype that a search finds, and how its cost came about."""
+  steps = config.search_epochs * (task.steps_per_epoch // 2)
+  state = fitted(learner, Halves(task, seed), steps, seed, folder, kept, log_every=1)
+  rows, genotype = train.read_metrics(folder), tas.extract(config.space, jax.device_get(state.found))
+  costs = {name: rows[name][1] for name in ("macs", "expected_macs")}
+  return {"widths": genotype.widths, "depths": genotype.depths, **costs}
 
 
 def fitted(learner: Any, batches: Any, steps: int, seed: int, folder: pathlib.Path, kept: Any, **options: Any) -> Any:
@@ -185,14 +196,22 @@ class Trained:
     return error, state.student.variables if teacher is not None else state.variables
 
 
-def measured(config: Config, task: comparison.Task, folder: pathlib.Path, kept: Any, seed: int, fit: Trained) -> Any:
+def measured(
+  config: Config,
+  task: comparison.Task,
+  folder: pathlib.Path,
+  kept: Any,
+  learner: train.Learner,
+  fit: Trained,
+  seed: int,
+) -> dict[str, Any]:
   """All networks of a seed: name -> errors, costs and genotypes."""
   place = folder / f"seed{seed}"
   space = config.space
   start = time.perf_counter()
   error, teacher = fit(space.full, seed, place / "full")
   out: dict[str, Any] = {"full": [{"error": error, "macs": tas.macs(space, space.full)}]}
-  found = once(place / "search.json", lambda: search(config, task, seed, place / "search", kept), kept)
+  found = once(place / "search.json", lambda: search(learner, config, task, seed, place / "search", kept), kept)
   genotype = tas.Genotype(tuple(found["widths"]), tuple(found["depths"]))
   rich.print(f"seed {seed}: found {genotype}, {time.perf_counter() - start:.0f} s")
   budget, rng = tas.macs(space, genotype), np.random.default_rng(seed)
@@ -257,11 +276,11 @@ def main(config: Config) -> None:
     return print_metrics(result)
   task, space = comparison.cifar10(config), config.space
   kept = {k: v for k, v in record.items() if k not in ("seeds", "workdir", "random_networks")}
-  fit = Trained(config, task, kept)
+  learner, fit = searcher(config, task.steps_per_epoch // 2), Trained(config, task, kept)
   results = {**kept, "random_networks": config.random_networks}
   seeds = []
   for seed in range(config.seeds):
-    make = functools.partial(measured, config, task, folder, kept, seed, fit)
+    make = functools.partial(measured, config, task, folder, kept, learner, fit, seed)
     seeds.append(once(folder / f"seed{seed}.json", make, results))
   metrics: dict[str, Any] = {}
   full = tas.macs(space, space.full)

@@ -13,7 +13,8 @@ def test_paper_preset_is_the_published_recipe():
   config = experiment.parse(["--preset", "paper"])
   assert (config.layers, config.widths, config.size, config.batch_size) == (32, (16, 16, 32, 64), 32, 256)
   assert (config.epochs, config.warmup, config.learning_rate, config.weight_decay) == (305, 5, 0.1, 5e-4)
-  assert (config.search_epochs, config.architecture_rate) == (600, 1e-3)
+  assert (config.cost_weight, config.random_networks) == (2.0, 5)
+  assert (config.search_epochs, config.architecture_rate, config.architecture_decay) == (600, 1e-3, False)
   assert experiment.parse(["--preset", "paper", "--layers", "20"]).layers == 20
 
 
