@@ -1,14 +1,14 @@
 """TAS beside uniform and random narrowing: networks of equal cost, with and without a teacher.
 
-    python experiments/transformable_search.py          # narrow ResNet-14, 10k of CIFAR-10 at 16 x 16, 3 seeds, minutes
+    python experiments/transformable_search.py          # narrow ResNet-14, 8k of CIFAR-10 at 16 x 16, 3 seeds, minutes
     python experiments/transformable_search.py --layers 20 --widths 10 10 20 40 --epochs 20 --search-epochs 40
     python experiments/transformable_search.py --preset paper    # ResNet-32, CIFAR-10, 600 epochs of search, 300 after
 
 For each seed the full network is trained, and a network is searched, weights on one half of the training images, widths
 and depths on the other; it is trained from scratch on all of them, on labels alone and under the full network ("KD").
 So are the network of the same cost whose widths are all narrowed by one factor, and, under the full network, random
-ones of the same cost up to a hundredth. All see the same batches. Cost is the multiplications of convolutions and the
-dense layer.
+ones of the same cost up to a hundredth. All these see the same batches; the full network is trained for longer. Cost is
+the multiplications of convolutions and the dense layer.
 
 CIFAR-10 is read from TFDS_DATA_DIR, as much of it as there is.
 """
@@ -44,15 +44,19 @@ class Config(comparison.Recipe):
   """Where the defaults of all other fields come from."""
   widths: tuple[int, int, int, int] = (10, 10, 20, 40)
   """Channels of the first convolution and of the stages."""
+  train_images: int | None = 8000
+  """How many; None for all that are on disk."""
   epochs: int = 4
-  """Passes over the training images, of every network."""
+  """Passes over them, of every network but the teacher."""
+  teacher_epochs: int = 8
+  """Of the full network, which must know more than what learns from it."""
   batch_size: int = 64
   """Images a step."""
   weight_decay: float = 5e-4
   """Of all weights."""
   ratio: float = 0.55
   """Target cost over the full network's."""
-  search_epochs: int = 8
+  search_epochs: int = 10
   """Passes over each half of the training images."""
   architecture_rate: float = 0.1
   """Of Adam on the logits; the published 0.001 is for a hundred times as many steps."""
@@ -69,6 +73,7 @@ class Config(comparison.Recipe):
     super().__post_init__()
     checks.count("random_networks", self.random_networks)
     checks.count("search_epochs", self.search_epochs)
+    checks.count("teacher_epochs", self.teacher_epochs)
 
   @property
   def space(self) -> tas.Space:
@@ -88,7 +93,9 @@ PRESETS = {
     layers=32,
     widths=(16, 16, 32, 64),
     size=32,
+    train_images=None,
     epochs=305,
+    teacher_epochs=305,
     batch_size=256,
     warmup=5,
     ratio=0.51,
@@ -175,21 +182,23 @@ class Trained:
     self._programs: dict[Any, train.Learner] = {}
     self._teacher = tas.DerivedNetwork(config.space, config.space.full)
 
-  def __call__(self, genotype: tas.Genotype, seed: int, folder: pathlib.Path, teacher: Any = None) -> tuple[float, Any]:
+  def __call__(
+    self, genotype: tas.Genotype, seed: int, folder: pathlib.Path, teacher: Any = None, *, epochs: int
+  ) -> tuple[float, Any]:
     """Test error in percent, and what the network's variables are; `teacher` are the full network's."""
     config, task = self._config, self._task
-    tx = config.sgd(config.epochs, task.steps_per_epoch, config.warmup)
+    tx = config.sgd(epochs, task.steps_per_epoch, config.warmup)
     student = tas.DerivedNetwork(config.space, genotype)
     if teacher is None:
       learner = train.supervised(student, train.cross_entropy(), tx)
     else:
       learner = tas.distilled_learner(student, tx, self._teacher, teacher)
     programs = self._programs.setdefault(
-      (genotype, teacher is None),
+      (genotype, epochs, teacher is None),
       train.Learner(learner.init, _jit(learner.step, donate_argnums=0), _jit(learner.evaluate)),
     )
     learner = programs._replace(init=_jit(learner.init))
-    state = fitted(learner, task.batches(seed), config.epochs * task.steps_per_epoch, seed, folder, self._kept)
+    state = fitted(learner, task.batches(seed), epochs * task.steps_per_epoch, seed, folder, self._kept)
     hits = sum(float(learner.evaluate(state, batch)["accuracy"]) * len(batch["label"]) for batch in task.test)
     error = 100 - 100 * hits / sum(len(batch["label"]) for batch in task.test)
     rich.print(f"{folder.parent.name} {folder.name}: error {error:.2f} %")
@@ -209,7 +218,7 @@ def measured(
   place = folder / f"seed{seed}"
   space = config.space
   start = time.perf_counter()
-  error, teacher = fit(space.full, seed, place / "full")
+  error, teacher = fit(space.full, seed, place / "full", epochs=config.teacher_epochs)
   out: dict[str, Any] = {"full": [{"error": error, "macs": tas.macs(space, space.full)}]}
   found = once(place / "search.json", lambda: search(learner, config, task, seed, place / "search", kept), kept)
   genotype = tas.Genotype(tuple(found["widths"]), tuple(found["depths"]))
@@ -220,10 +229,11 @@ def measured(
   for kind, genotypes in networks.items():
     for i, network in enumerate(genotypes):
       cost = {"macs": tas.macs(space, network), "widths": network.widths, "depths": network.depths}
-      taught = fit(network, seed, place / f"{kind}{i}-KD", teacher)[0]
+      taught, _ = fit(network, seed, place / f"{kind}{i}-KD", teacher, epochs=config.epochs)
       out.setdefault(f"{kind} + KD", []).append({"error": taught, **cost})
       if kind != "random":
-        out.setdefault(kind, []).append({"error": fit(network, seed, place / f"{kind}{i}")[0], **cost})
+        alone, _ = fit(network, seed, place / f"{kind}{i}", epochs=config.epochs)
+        out.setdefault(kind, []).append({"error": alone, **cost})
   return {"networks": out, "search": found}
 
 

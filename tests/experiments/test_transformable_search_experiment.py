@@ -1,5 +1,6 @@
 import json
 
+import flax
 import flax.linen as nn
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ def test_paper_preset_is_the_published_recipe():
   config = experiment.parse(["--preset", "paper"])
   assert (config.layers, config.widths, config.size, config.batch_size) == (32, (16, 16, 32, 64), 32, 256)
   assert (config.epochs, config.warmup, config.learning_rate, config.weight_decay) == (305, 5, 0.1, 5e-4)
+  assert (config.train_images, config.teacher_epochs) == (None, 305)
   assert (config.cost_weight, config.random_networks) == (2.0, 5)
   assert (config.search_epochs, config.architecture_rate, config.architecture_decay) == (600, 1e-3, False)
   assert experiment.parse(["--preset", "paper", "--layers", "20"]).layers == 20
@@ -25,7 +27,7 @@ def fake_arrays(name, split):
 
 def test_halves_are_apart(monkeypatch):
   monkeypatch.setattr(images, "as_arrays", fake_arrays)
-  task = experiment.comparison.cifar10(experiment.Config(size=8, batch_size=8))
+  task = experiment.comparison.cifar10(experiment.Config(size=8, batch_size=8, train_images=None))
   task.pixels["label"][:] = np.arange(16) >= 8
   both = experiment.Halves(task, 0)
   position = both.get_state()
@@ -46,14 +48,33 @@ class Little(nn.Module):
     return nn.Dense(10)(images.mean((1, 2)))
 
 
+def little_search(network, *optimizers, **settings):
+  """In the place of the search, which goes nowhere."""
+  start = experiment.tas.initial(network.space, jax.random.key(0))
+
+  def step(state, batch):
+    loss = batch["weights"]["image"].mean() + batch["architecture"]["image"].mean()
+    return state, {"loss": loss, "macs": 0.5 + 0 * loss, "expected_macs": 0.4 + 0 * loss}
+
+  return experiment.train.Learner(lambda key, batch: SimpleState(start), step, lambda state, batch: {})
+
+
+@flax.struct.dataclass
+class SimpleState:
+  found: object
+
+
 def test_runs_end_to_end(tmp_path, monkeypatch):
   monkeypatch.setattr(images, "as_arrays", fake_arrays)
   monkeypatch.setattr(experiment.tas, "DerivedNetwork", Little)
+  monkeypatch.setattr(experiment.tas, "search_learner", little_search)
   monkeypatch.setattr(experiment, "_jit", jax.jit)  # with the flags of the tests
   config = experiment.Config(
     widths=(9, 9, 9, 9),
     size=8,
+    train_images=None,
     epochs=1,
+    teacher_epochs=1,
     batch_size=8,
     seeds=1,
     search_epochs=1,

@@ -19,10 +19,11 @@ The most likely widths and depths are trained from scratch on labels and on the 
     space = resnet(32)
     tx = local.sgd(rate, weight_decay=5e-4)
     search = search_learner(SearchNetwork(space), tx, architecture_optimizer(), tau, ratio=0.5)
-    genotype = extract(space, state.architecture)
+    genotype = extract(space, state.found)
     student = distilled_learner(DerivedNetwork(space, genotype), tx, teacher, teacher_variables)
 
-The state's last architecture is the result. For the best one evaluated, `extract` after each evaluation.
+`SearchState.found` is the last architecture whose F was within the tolerance; `architecture` is the last of all, as in
+the paper. For the best one evaluated, `extract` after each evaluation. What the authors found is in `reference`.
 
 Dong and Yang, "Network Pruning via Transformable Architecture Search", NeurIPS 2019, arXiv:1905.09717. Official code:
 `D-X-Y/AutoDL-Projects`. Symbols: alpha and beta, the logits, are `Architecture.widths` and `.depths`; lambda is
@@ -33,10 +34,11 @@ batch statistics are computed once and normalisation, alignment and mixture are 
 
 Differs from the paper, as the official code does: tau falls by a cosine from 5 to 0.1, not linearly from 10.
 Differs from the official code:
+- Multiplications are counted one by one, not in millions, which adds a constant to the cost.
 - Pixels are averaged over the whole last image, not over 8 x 8: the same for images of 32 x 32.
 - The architecture's step differentiates by the logits alone, not also by weights whose gradients are then dropped.
 - `DerivedNetwork`'s running variances are the biased ones; PyTorch's are n / (n - 1) of that.
-ImageNet's networks are not here.
+As there, a bottleneck's inserted shortcut has no normalisation. ImageNet's networks are not here.
 """
 
 from jaxlab.learning.transformable_search.derived import DerivedNetwork, derived_from_torch

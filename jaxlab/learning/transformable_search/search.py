@@ -152,22 +152,21 @@ class MixedConv(nn.Module):
     self, y: Float[Array, "b u v o"], mean: nn.Variable, var: nn.Variable, indices: Int[Array, " 2"]
   ) -> tuple[Float[Array, " o"], Float[Array, " o"]]:
     """Mean and (biased) variance of the batch; moves the running ones of the sampled choices, by the unbiased."""
-    wide = y.astype(jnp.float32)
+    wide, count = y.astype(jnp.float32), y.size // y.shape[-1]
     moments = jnp.stack([wide.mean((0, 1, 2)), (wide * wide).mean((0, 1, 2))])
-    count = y.size // y.shape[-1]
-    if not self.is_initializing():
-      if self.axis_name is not None:
-        moments = jax.lax.pmean(moments, self.axis_name)
-        count *= jax.lax.axis_size(self.axis_name)
-      center, spread = moments[0], jnp.maximum(moments[1] - moments[0] ** 2, 0.0)
+    running = not self.is_initializing()
+    if self.axis_name is not None and running:
+      moments = jax.lax.pmean(moments, self.axis_name)
+      count *= jax.lax.axis_size(self.axis_name)
+    center, spread = moments[0], jnp.maximum(moments[1] - moments[0] ** 2, 0.0)
+    if running:
       number = np.repeat(np.arange(CHOICES), self.choices)  # choice and channel of each entry
       channel = np.concatenate([np.arange(c) for c in self.choices])
       sampled = (number == indices[0]) | (number == indices[1])
       for kept, new in ((mean, center), (var, spread * (count / max(count - 1, 1)))):
         moved = self.momentum * kept.value + (1 - self.momentum) * jax.lax.stop_gradient(new)[channel]
         kept.value = jnp.where(sampled, moved, kept.value)
-      return center, spread
-    return moments[0], jnp.maximum(moments[1] - moments[0] ** 2, 0.0)
+    return center, spread
 
 
 class MixedBlock(nn.Module):
