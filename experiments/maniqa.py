@@ -2,12 +2,14 @@
 
     python experiments/maniqa.py                  # a network of 0.15M parameters on crops of 48 pixels, minutes
     python experiments/maniqa.py --seeds 3        # and two more ways to hold contents out
+    python experiments/maniqa.py --distortions all   # of 19 kinds instead of 4
     python experiments/maniqa.py --preset paper --backbone vit_base_patch8_224.safetensors     # a host with GPUs
 
-Pictures are those of `jaxlab.data.photographs`: 18 distortions at five levels, whose quality is the level. Contents to
-train on, to choose a learning rate by and to test on are disjoint. All networks start from noise, but for the vision
-transformers' patch embedding, a whitening of the training patches that stands in for the paper's pre-training on
-ImageNet. They see the same crops in the same order for as many steps, and choose from the same rates.
+Pictures are those of `jaxlab.data.photographs`: blur, noise, JPEG and shuffled blocks, or all 19 distortions, at five
+levels, whose quality is the level. Contents to train on, to choose a learning rate by and to test on are disjoint. All
+networks start from noise, but for the vision transformers' patch embedding, a whitening of the training patches that
+stands in for the paper's pre-training on ImageNet. They see the same crops in the same order for as many steps, and
+choose from the same rates.
 Beside MANIQA: the same backbone without channel attention and Swin stages; a plain convolutional network; natural scene
 statistics as in BRISQUE with a support vector machine; and PSNR and SSIM, which know the undistorted picture.
 Reported are Spearman's (SRCC) and Pearson's (PLCC) correlation over all test pictures, a picture's score being the mean
@@ -40,9 +42,10 @@ from jaxtyping import Array, Float
 from jaxlab import checks, interop, train
 from jaxlab.data import photographs
 from jaxlab.models import maniqa
-from jaxlab.nn.conv import StridedConv
+from jaxlab.nn.conv import Conv
 from jaxlab.train import figures
 
+FOUR = ("gaussian blur", "white noise", "JPEG", "block shuffle")
 NETWORKS = ("MANIQA", "backbone alone", "convolutions")
 
 
@@ -52,15 +55,19 @@ class Config:
 
   preset: Literal["demo", "paper"] = "demo"
   """demo: 0.15M parameters; paper: the published network and recipe."""
+  distortions: Literal["four", "all"] = "four"
+  """Kinds in the data."""
   side: int = 192
   """Shorter side of the pictures, at most 288."""
+  train_sides: tuple[int, ...] = (144, 192, 240, 288)
+  """Those of the pictures to train on: contents are few, and the same at another scale is nearly another one."""
   size: int = 48
   """Of the crops."""
-  steps: int = 2000
+  steps: int = 8000
   """Updates."""
   batch_size: int = 24
   """Crops a step, of as many pictures."""
-  learning_rates: tuple[float, ...] = (5e-4, 1e-3)
+  learning_rates: tuple[float, ...] = (1e-3,)
   """Each network is trained with all of them under the first seed and keeps the best on the validation contents."""
   weight_decay: float = 1e-5
   """The demo's is decoupled, the paper's is added to the gradient."""
@@ -79,7 +86,7 @@ class Config:
 
 
 # 300 epochs of KADID-10k; the flip of its code turns pictures upside down.
-PAPER = Config("paper", 288, 224, 303_600, 8, (1e-5,), 1e-5, 0.7)
+PAPER = Config("paper", "all", 288, (288,), 224, 303_600, 8, (1e-5,), 1e-5, 0.7)
 
 
 class Convolutions(nn.Module):
@@ -92,7 +99,7 @@ class Convolutions(nn.Module):
     """Args: images. Returns scores."""
     x, he = images.astype(self.dtype), nn.initializers.he_normal()
     for width in (24, 48, 96, 128):
-      x = nn.relu(StridedConv(width, 3, 2, 1, kernel_init=he, dtype=self.dtype)(x))
+      x = nn.relu(Conv(width, 3, 2, 1, kernel_init=he, dtype=self.dtype)(x))
     return nn.Dense(1, bias_init=nn.initializers.constant(0.5), dtype=self.dtype)(x.mean((1, 2)))[:, 0]
 
 
@@ -168,15 +175,16 @@ def correlations(predicted: np.ndarray, quality: np.ndarray) -> tuple[float, flo
   )  # fmt: skip
 
 
-def fitted(config: Config, name: str, rate: float, seed: int, data: photographs.Graded, rows: np.ndarray) -> Any:
-  """Trains on some rows of the data; the jitted function from crops to scores."""
+def fitted(config: Config, name: str, rate: float, seed: int, data: list[photographs.Graded]) -> Any:
+  """Trains on all pictures of the data; the jitted function from crops to scores."""
+  pictures, quality = [image for part in data for image in part.image], np.concatenate([part.quality for part in data])
   model = network(config, name)
 
   def batch(step: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng((seed, step))
-    chosen = rng.choice(rows, config.batch_size)
+    chosen = rng.choice(len(pictures), config.batch_size)
     crops = []
-    for image in (data.image[i] for i in chosen):
+    for image in (pictures[i] for i in chosen):
       top, left = (rng.integers(0, n - config.size + 1) for n in image.shape[:2])
       crop = image[top : top + config.size, left : left + config.size]
       if config.preset == "paper":
@@ -184,7 +192,7 @@ def fitted(config: Config, name: str, rate: float, seed: int, data: photographs.
       else:  # nine contents only: turned, mirrored, and with their colours exchanged
         crop = np.rot90(crop, rng.integers(4))[..., rng.permutation(3)]
         crops.append(crop[:, ::-1] if rng.random() < config.flip else crop)
-    return {"image": normalised(np.stack(crops)), "quality": data.quality[chosen].astype(np.float32)}
+    return {"image": normalised(np.stack(crops)), "quality": quality[chosen].astype(np.float32)}
 
   embedding = None
   if isinstance(model, maniqa.MANIQA) and config.preset == "demo":
@@ -274,36 +282,38 @@ def full_reference(data: photographs.Graded, rows: np.ndarray) -> dict[str, np.n
 
 def folder(config: Config) -> str:
   """Of the runs of these settings."""
-  return f"{config.preset}-{config.size}-{config.steps}"
+  return f"{config.preset}-{config.distortions}-{config.size}-{config.steps}"
 
 
 def draw(config: Config, data: photographs.Graded, rows: np.ndarray, scores: dict[str, np.ndarray]) -> pathlib.Path:
   """Of the first seed: predicted against true, SRCC of each distortion, and pictures with their scores."""
   figure, axes = figures.subplots(1, 3, width=5, height=4.2)
-  names, kind, quality = list(photographs.DISTORTIONS), data.distortion[rows], data.quality[rows]
+  kind, quality = data.distortion[rows], data.quality[rows]
+  kinds = np.unique(kind)
+  names = [list(photographs.DISTORTIONS)[k] for k in kinds]
   jitter = np.random.default_rng(0).uniform(-0.04, 0.04, len(rows))
   groups = {
     "blur": (0, 1, 2), "noise": (3, 4, 5, 6), "coding": (7, 8), "colour": (9, 10, 11), "light": (12, 13, 14),
-    "place": (15, 16, 17),
+    "place": (15, 16, 18), "sharpening": (17,),
   }  # fmt: skip
   for group, members in groups.items():
-    at = np.isin(kind, members)
-    axes[0, 0].scatter(quality[at] + jitter[at], scores["MANIQA"][at], s=6, label=group)
+    if (at := np.isin(kind, members)).any():
+      axes[0, 0].scatter(quality[at] + jitter[at], scores["MANIQA"][at], s=6, label=group)
   axes[0, 0].plot((0, 1), (0, 1), color="grey", linewidth=1)
   axes[0, 0].set(xlabel="true quality (level)", ylabel="MANIQA's score", title="test pictures")
   axes[0, 0].legend(fontsize=7)
   shown = [name for name in (*NETWORKS, "PSNR") if name in scores]
   for j, name in enumerate(shown):
-    each = [correlations(scores[name][kind == k], quality[kind == k])[0] for k in range(len(names))]
+    each = [correlations(scores[name][kind == k], quality[kind == k])[0] for k in kinds]
     axes[0, 1].barh(np.arange(len(names)) + 0.2 * j, each, 0.2, label=name)
   axes[0, 1].set(yticks=np.arange(len(names)) + 0.3, yticklabels=names, xlabel="SRCC within the distortion")
   axes[0, 1].invert_yaxis()
-  axes[0, 1].legend(fontsize=7, loc="lower left")
+  axes[0, 1].legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, 1.1), ncols=4, frameon=False)
   content = data.content[rows[0]]
   tiles, texts = [], []
   for k in np.linspace(0, len(names) - 1, 4).round().astype(int):
     for level in (1, 3, 5):
-      i = int(np.flatnonzero((kind == k) & (data.level[rows] == level) & (data.content[rows] == content))[0])
+      i = int(np.flatnonzero((kind == kinds[k]) & (data.level[rows] == level) & (data.content[rows] == content))[0])
       image = data.image[rows[i]]
       tiles.append(image[: config.side, : config.side])
       texts.append(f"{names[k]} {level}: {scores['MANIQA'][i]:.2f} ({quality[i]:.1f})")
@@ -311,7 +321,7 @@ def draw(config: Config, data: photographs.Graded, rows: np.ndarray, scores: dic
   axes[0, 2].imshow(np.concatenate(grid))
   for n, text in enumerate(texts):
     place = (n % 3 * config.side + 4, n // 3 * config.side + 6)
-    axes[0, 2].text(*place, text, fontsize=5, va="top", bbox={"facecolor": "white", "pad": 1, "linewidth": 0})
+    axes[0, 2].text(*place, text, fontsize=4, va="top", bbox={"facecolor": "white", "pad": 1, "linewidth": 0})
   axes[0, 2].set_axis_off()
   axes[0, 2].set_title("score (truth)", fontsize=9)
   return figures.save(figure, config.workdir / folder(config) / "scores.png")
@@ -322,12 +332,13 @@ def main(config: Config) -> None:
   began = time.monotonic()
   checks.count("seeds", config.seeds)
   checks.count("steps", config.steps, 10)
-  checks.count("size", config.size, 16, config.side)
+  checks.count("size", config.size, 16, min(config.side, *config.train_sides))
   if not config.learning_rates:
     raise ValueError("learning_rates: got none, expected at least one")
   if finished := train.result.finished_result(config.workdir / folder(config), config):
     return train.result.print_metrics(finished)
-  data = photographs.graded(photographs.CONTENTS, config.side)
+  distorted = functools.partial(photographs.graded, distortions=FOUR if config.distortions == "four" else None)
+  data = distorted(photographs.CONTENTS, config.side)
   names = NETWORKS if config.preset == "demo" else NETWORKS[:1]
   chosen: dict[str, float] = {}
   found: dict[str, list[tuple[float, float]]] = {}
@@ -338,6 +349,7 @@ def main(config: Config) -> None:
       part: np.flatnonzero(np.isin(data.content, [photographs.CONTENTS.index(name) for name in contents]))
       for part, contents in parts.items()
     }
+    training = [distorted(parts["train"], side) for side in config.train_sides]
     scores: dict[str, np.ndarray] = {}
 
     def report(name: str, values: np.ndarray, rows: Any = rows, seed: int = seed, scores: Any = scores) -> None:
@@ -347,7 +359,7 @@ def main(config: Config) -> None:
 
     for name in names:
       models = {
-        rate: fitted(config, name, rate, seed, data, rows["train"])
+        rate: fitted(config, name, rate, seed, training)
         for rate in (config.learning_rates if name not in chosen else (chosen[name],))
       }
       if len(models) == 1:

@@ -103,12 +103,15 @@ def photograph(name: str, side: int = 256) -> UInt8[np.ndarray, "h w 3"]:
   return x
 
 
-def graded(contents: Sequence[str], side: int = 256, *, seed: int = 0) -> Graded:
-  """Host. Every distortion at every level of some photographs; grey ones are not saturated.
+def graded(
+  contents: Sequence[str], side: int = 256, *, distortions: Sequence[str] | None = None, seed: int = 0
+) -> Graded:
+  """Host. Distortions at every level of some photographs; grey ones are not saturated.
 
   Args:
     contents: of `CONTENTS`.
     side: of the pictures' shorter sides.
+    distortions: of `DISTORTIONS`; None for all.
     seed: of the noise; a picture's is the same whatever else is made.
 
   Raises:
@@ -116,12 +119,14 @@ def graded(contents: Sequence[str], side: int = 256, *, seed: int = 0) -> Graded
   """
   if not contents:
     raise ValueError("contents: got none, expected at least one")
+  if distortions is not None and (not distortions or not set(distortions) <= set(DISTORTIONS)):
+    raise ValueError(f"distortions: got {tuple(distortions)}, expected some of {', '.join(DISTORTIONS)}")
   checks.count("seed", seed, 0)
   images, references, rows = [], [], []
   for content in contents:
     reference = photograph(content, side)
     for k, name in enumerate(DISTORTIONS):
-      if name == "saturation" and content in GREY:
+      if (distortions is not None and name not in distortions) or (name == "saturation" and content in GREY):
         continue
       for level in range(1, LEVELS + 1):
         row = (CONTENTS.index(content), k, level)
@@ -253,6 +258,18 @@ def _jitter(x: Image, pixels: float, rng: np.random.Generator) -> Image:
   return x[np.clip(y + dy, 0, x.shape[0] - 1), np.clip(z + dz, 0, x.shape[1] - 1)]
 
 
+def _block_shuffle(x: Image, part: float, rng: np.random.Generator) -> Image:
+  """Some of the blocks of a 12th of the shorter side change places."""
+  size = max(min(x.shape[:2]) // 12, 1)
+  rows, columns = (n // size for n in x.shape[:2])
+  at = rng.permutation(rows * columns)[: max(2, round(part * rows * columns))]
+  y = x.copy()
+  for here, there in zip(at, np.roll(at, 1), strict=True):
+    (i, j), (k, m) = (size * np.array(divmod(n, columns)) for n in (here, there))
+    y[i : i + size, j : j + size] = x[k : k + size, m : m + size]
+  return y
+
+
 def _sharpening(x: Image, amount: float, rng: np.random.Generator) -> Image:
   return x + amount * (x - scipy.ndimage.gaussian_filter(x, (1, 1, 0), mode="reflect"))
 
@@ -279,4 +296,5 @@ DISTORTIONS: dict[str, tuple[Distortion, tuple[float, ...]]] = {
   "pixelation": (_pixelation, (2, 3, 4, 6, 9)),
   "jitter": (_jitter, (0.7, 1.2, 2, 3.5, 6)),
   "sharpening": (_sharpening, (0.8, 2, 4, 8, 16)),
+  "block shuffle": (_block_shuffle, (0.03, 0.1, 0.25, 0.55, 1)),
 }

@@ -6,7 +6,7 @@ from jaxlab.data import photographs
 
 def test_every_level_is_worse_than_the_one_before():
   made = photographs.graded(("cat", "coins"), 128, seed=1)
-  assert len(made.image) == (2 * 18 - 1) * 5  # the grey one is not saturated
+  assert len(made.image) == (2 * 19 - 1) * 5  # the grey one is not saturated
   error = [np.square(a.astype(float) - b).mean() for a, b in zip(made.image, made.reference, strict=True)]
   kinds = list(photographs.DISTORTIONS)
   for content, distortion in {(c, d) for c, d in zip(made.content, made.distortion, strict=True)}:
@@ -35,6 +35,17 @@ def test_contents_differ_and_are_dealt_without_overlap():
   assert photographs.split(seed=0) == photographs.split(seed=0) != photographs.split(seed=1)
 
 
+def test_chosen_distortions_are_as_among_all():
+  some, every = (photographs.graded(("moon",), 48, distortions=d) for d in (("JPEG", "block shuffle"), None))
+  kinds = [list(photographs.DISTORTIONS).index(name) for name in ("JPEG", "block shuffle")]
+  np.testing.assert_array_equal(some.distortion, np.repeat(kinds, 5))
+  np.testing.assert_array_equal(some.image, [every.image[i] for i in np.flatnonzero(np.isin(every.distortion, kinds))])
+  shuffled, whole = some.image[-1], some.reference[-1]
+  np.testing.assert_array_equal(np.sort(shuffled, None), np.sort(whole, None))  # blocks change places, nothing else
+  moved = [np.any(x != r, -1).mean() for x, r in zip(some.image[-5:], some.reference, strict=True)]
+  assert (np.diff(moved) > 0).all() and moved[-1] > 0.8
+
+
 def test_noise_depends_on_seed_and_picture_alone():
   alone, beside = (photographs.graded(names, 16, seed=2) for names in (("moon",), ("rocket", "moon")))
   np.testing.assert_array_equal(alone.image, beside.image[-len(alone.image) :])
@@ -49,6 +60,7 @@ def test_noise_depends_on_seed_and_picture_alone():
     (lambda: photographs.photograph("dog"), "name: got 'dog'"),
     (lambda: photographs.photograph("cat", 300), "side: got 300"),
     (lambda: photographs.graded(()), "contents: got none"),
+    (lambda: photographs.graded(("cat",), distortions=("fog",)), r"distortions: got \('fog',\)"),
     (lambda: photographs.split(val=8, test=8), "test: got 8"),
     (lambda: photographs.distort(np.zeros((9, 9, 3)), "JPEG", 1, np.random.default_rng(0)), "image: got float64"),
     (lambda: photographs.distort(np.zeros((9, 9, 3), "uint8"), "JPEG", 6, np.random.default_rng(0)), "level: got 6"),
