@@ -245,13 +245,12 @@ def draw(seeds: list[dict[str, Any]], config: Config, folder: pathlib.Path) -> N
   for i, name in enumerate(seeds[0]["networks"]):
     rows = [row for seed in seeds for row in seed["networks"][name]]
     accuracy, cost = np.array([100 - r["error"] for r in rows]), np.array([r["macs"] / 1e6 for r in rows])
-    color, spread = figures.COLORS[i], lambda a: a.std(ddof=1) if a.size > 1 else 0.0
-    scatter.plot(cost, accuracy, ".", color=color, alpha=0.4)
-    scatter.errorbar(
-      cost.mean(), accuracy.mean(), spread(accuracy), spread(cost), fmt="o", capsize=3, color=color,
-      label=f"{name} ({len(rows)})",
-    )  # fmt: skip
-  scatter.set(xlabel="million multiplications", ylabel="test accuracy (%)", title="mean and deviation (networks)")
+    spread, shift = accuracy.std(ddof=1) if len(rows) > 1 else 0.0, 0.03 * (i - 3) * cost.mean() * (name != "full")
+    color, label = figures.COLORS[i], f"{name} ({len(rows)})"
+    scatter.plot(cost + shift, accuracy, ".", color=color, alpha=0.5)
+    scatter.errorbar(cost.mean() + shift, accuracy.mean(), spread, fmt="o", capsize=3, color=color, label=label)
+  place = "million multiplications (kinds of one cost side by side)"
+  scatter.set(xlabel=place, ylabel="test accuracy (%)", title="mean and deviation (networks)")
   scatter.legend()
 
   place = np.arange(len(space.convolutions))
