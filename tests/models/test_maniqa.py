@@ -82,8 +82,7 @@ def test_weights_go_where_they_belong():
 
 def channel_attention(params, x, scramble):
   """By sums over channels; `scramble` moves entry (t, c) of the transposed result by its place in memory."""
-  p = {name: (np.float64(d["kernel"]), np.float64(d["bias"])) for name, d in params.items()}
-  q, k, v = (x @ p[name][0] + p[name][1] for name in ("query", "key", "value"))
+  q, k, v = np.split(x @ np.float64(params["qkv"]["kernel"]) + np.float64(params["qkv"]["bias"]), 3, axis=-1)
   channels, patches = x.shape
   out = np.empty(x.shape)
   for c in range(channels):
