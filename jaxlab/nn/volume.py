@@ -1,8 +1,9 @@
 """Convolution and instance norm of volumes, NDHWC, in the form that is fastest on the backend at hand.
 
 On GPU and TPU the convolution is XLA's own. XLA's CPU backend is slow at it, most of all at its gradients, so there
-float32 and narrower types run as host kernels (`jaxlab.nn._volume`) in float32. Gradients are again such convolutions,
-so they can be differentiated further; forward-mode differentiation is not available on CPU.
+float32 and narrower types run as host kernels (`jaxlab.nn._volume`): bfloat16 in products of pairs where the processor
+has them, the rest in float32. Gradients are again such convolutions, so they can be differentiated further;
+forward-mode differentiation is not available on CPU.
 """
 
 import functools

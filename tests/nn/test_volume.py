@@ -65,6 +65,23 @@ def test_bfloat16_accumulates_in_float32():
   assert float(y[0, 1, 1, 1, 0]) == 27 * 64 and float(y[0, 0, 0, 0, 0]) == 8 * 64
 
 
+# An odd row and a stride; channels above and below those whose gradient is taken in float32; outputs beyond a vector.
+@pytest.mark.parametrize(
+  ("shape", "out", "strides"), [((1, 5, 6, 9, 6), 5, (1, 1, 1)), ((1, 7, 9, 9, 66), 40, (1, 1, 2))]
+)
+def test_bfloat16_and_its_gradients(shape, out, strides):
+  rng = np.random.default_rng(0)
+  narrow = lambda *s: jnp.asarray(rng.standard_normal(s), jnp.bfloat16)
+  x, kernel = narrow(*shape), narrow(3, 3, 3, shape[-1], out)
+  y, vjp = jax.vjp(lambda x, kernel: volume.convolve(x, kernel, strides=strides), x, kernel)
+  g = narrow(*y.shape)
+  wide = lambda a: a.astype(jnp.float32)
+  expected, wide_vjp = jax.vjp(lambda x, kernel: plain(x, kernel, strides), wide(x), wide(kernel))
+  for a, b in zip((y, *vjp(g)), (expected, *wide_vjp(wide(g))), strict=True):
+    assert a.dtype == jnp.bfloat16
+    np.testing.assert_allclose(wide(a), b, rtol=2**-8, atol=1e-5 * float(jnp.abs(b).max()))  # rounded once, at the end
+
+
 def test_kernels_can_be_left_out():
   x, kernel = jnp.ones((1, 2, 2, 2, 1)), jnp.ones((3, 3, 3, 1, 8))
   text = lambda: jax.jit(lambda x: volume.convolve(x, kernel)).lower(x).as_text()
