@@ -138,9 +138,15 @@ def test_bad_input(call, argument):
 
 
 # By patches, and by the host kernel: channels decide.
-@pytest.mark.parametrize(("inputs", "outputs"), [(3, 5), (16, 24)])
 @pytest.mark.parametrize(
-  ("k", "stride", "padding", "size"), [(3, 2, 1, (7, 8)), (2, 2, 0, (6, 5)), (7, 4, 3, (9, 9)), (3, 1, 1, (9, 10))]
+  ("k", "stride", "padding", "size", "inputs", "outputs"),
+  [
+    (3, 2, 1, (7, 8), 3, 5),
+    (2, 2, 0, (6, 5), 3, 5),
+    (7, 4, 3, (9, 9), 3, 5),
+    (3, 1, 1, (9, 10), 16, 24),
+    (4, 2, 0, (18, 19), 16, 24),
+  ],
 )
 def test_dense_form_equals_xla(k, stride, padding, size, inputs, outputs, monkeypatch):
   x, w, b = random(2, *size, inputs), random(k, k, inputs, outputs), random(outputs)
