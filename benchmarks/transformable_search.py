@@ -7,19 +7,11 @@ network that is found is the released C10-R20.
 
 import functools
 
-import numpy as np
-
 from benchmarks import _sides
+from benchmarks._local_torch import examples
 from benchmarks.harness import Case
 
 LAYERS, BATCH, RATIO = 20, 64, 0.55
-
-
-def examples(seed, torch_layout=False):
-  """Normal images and labels."""
-  rng = np.random.default_rng(seed)
-  image = rng.standard_normal((BATCH, 32, 32, 3)).astype("float32")
-  return np.ascontiguousarray(image.transpose(0, 3, 1, 2)) if torch_layout else image, rng.integers(0, 10, BATCH)
 
 
 def ours(what, dtype):
@@ -29,7 +21,7 @@ def ours(what, dtype):
   from jaxlab.learning import local
   from jaxlab.learning import transformable_search as tas
 
-  batches = [dict(zip(("image", "label"), examples(seed), strict=True)) for seed in range(2)]
+  batches = [dict(zip(("image", "label"), examples(BATCH, seed=seed), strict=True)) for seed in range(2)]
   space, tx = tas.resnet(LAYERS), local.sgd(0.1, weight_decay=5e-4)
   if what == "search":
     tau = tas.temperature(100, 100)
@@ -50,7 +42,7 @@ def torch(what, dtype):
   from jaxlab.learning import transformable_search as tas
 
   fast = torch.channels_last
-  pairs = [tuple(map(torch.from_numpy, examples(seed, torch_layout=True))) for seed in range(2)]
+  pairs = [tuple(map(torch.from_numpy, examples(BATCH, torch_layout=True, seed=seed))) for seed in range(2)]
   cross_entropy = torch.nn.functional.cross_entropy
   space = tas.resnet(LAYERS)
   sgd = lambda weights: torch.optim.SGD(weights, 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)

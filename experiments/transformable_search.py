@@ -199,8 +199,7 @@ class Trained:
     )
     learner = programs._replace(init=_jit(learner.init))
     state = fitted(learner, task.batches(seed), epochs * task.steps_per_epoch, seed, folder, self._kept)
-    hits = sum(float(learner.evaluate(state, batch)["accuracy"]) * len(batch["label"]) for batch in task.test)
-    error = 100 - 100 * hits / sum(len(batch["label"]) for batch in task.test)
+    error = comparison.test_error(learner, state, task)
     rich.print(f"{folder.parent.name} {folder.name}: error {error:.2f} %")
     return error, state.student.variables if teacher is not None else state.variables
 

@@ -186,6 +186,22 @@ def variables(
   return _nest(made)
 
 
+def joined(state_dict: Mapping[str, Any], groups: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+  """A state dict in which tensors that are one array in flax are one, along their first axis.
+
+  Args:
+    state_dict: names -> tensors or arrays.
+    groups: name of the whole -> names of its parts. A group of which a part is missing is left out, so that `variables`
+      reports it.
+  """
+  out = dict(state_dict)
+  for whole, names in groups.items():
+    parts = [out.pop(name, None) for name in names]
+    if all(part is not None for part in parts):
+      out[whole] = np.concatenate([_numpy(part) for part in parts])
+  return out
+
+
 def state_dict(variables: Mapping[str, Any], rules: Mapping[str, Rule]) -> dict[str, np.ndarray]:
   """The inverse of `variables`.
 

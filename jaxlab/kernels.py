@@ -27,6 +27,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import llvmlite.binding
 import numba
 import numpy as np
@@ -77,9 +78,14 @@ def disabled() -> Iterator[None]:
     _off.reset(token)
 
 
-def available() -> bool:
-  """Whether operations should choose their host kernel: decided while tracing, by the default backend."""
-  return not _off.get() and jax.default_backend() == "cpu" and supported()
+def available(*arrays: jax.Array) -> bool:
+  """Whether operations should choose their host kernel: decided while tracing, by the default backend.
+
+  Args:
+    *arrays: what is computed in float32 or bfloat16, so that no wider floats and no whole numbers may be among it.
+  """
+  narrow = all(jnp.issubdtype(a.dtype, jnp.floating) and jnp.finfo(a.dtype).bits <= 32 for a in arrays)
+  return narrow and not _off.get() and jax.default_backend() == "cpu" and supported()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -340,3 +340,16 @@ def test_key_is_for_torch_files(tmp_path):
   np.savez(tmp_path / "w.npz", x=normal(2))
   with pytest.raises(ValueError, match="key: got 'model', expected None"):
     interop.load(tmp_path / "w.npz", key="model")
+
+
+def test_joined_parts_are_one_and_incomplete_ones_are_reported():
+  state = {"a.weight": np.ones((2, 3)), "b.weight": np.zeros((1, 3)), "c.weight": np.ones((2, 2)), "d": np.ones(1)}
+  made = interop.joined(state, {"ab.weight": ["a.weight", "b.weight"], "ce.weight": ["c.weight", "e.weight"]})
+  assert set(made) == {"ab.weight", "d"}
+  np.testing.assert_array_equal(made["ab.weight"], [[1, 1, 1], [1, 1, 1], [0, 0, 0]])
+  assert set(state) == {"a.weight", "b.weight", "c.weight", "d"}
+  with pytest.raises(ValueError, match="missing: 'ce.weight'"):
+    rules = {f"params/{name}": interop.dense(name, bias=False) for name in ("ab", "ce")} | {
+      "params/d": interop.raw("d")
+    }
+    interop.variables(made, rules)

@@ -162,9 +162,14 @@ def errors(
       config=config,
       tensorboard=False,
     )
-    hits = sum(float(learner.evaluate(state, batch)["accuracy"]) * len(batch["label"]) for batch in task.test)
-    found.append(100 - 100 * hits / sum(len(batch["label"]) for batch in task.test))
+    found.append(test_error(learner, state, task))
   return np.array(found)
+
+
+def test_error(learner: train.Learner, state: Any, task: Task) -> float:
+  """In percent, of all test images."""
+  hits = sum(float(learner.evaluate(state, batch)["accuracy"]) * len(batch["label"]) for batch in task.test)
+  return 100 - 100 * hits / sum(len(batch["label"]) for batch in task.test)
 
 
 def step_megabytes(learner: train.Learner, batch: train.Batch) -> float:

@@ -29,7 +29,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jaxlab import checks, interop
@@ -418,15 +417,12 @@ def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
   pattern = re.compile(r"swintransformer1\.layers\.(\d+)\.blocks\.(\d+)\.")
   blocks = {(match[1], match[2]) for name in state_dict if (match := pattern.match(name))}
   table = {f"backbone/{path}": rule for path, rule in _backbone_table("vit.").items()}
-  given = dict(state_dict)
+  together: dict[str, list[str]] = {}
   for n, stage in enumerate("ab", start=1):
     for i in sorted(tabs):
       name = f"tablock{n}.{i}.c_"
       table[f"tab_{stage}{i}/qkv"] = interop.dense(f"{name}qkv")
-      for kind in ("weight", "bias"):
-        parts = [given.pop(f"{name}{part}.{kind}", None) for part in "qkv"]
-        if all(part is not None for part in parts):  # else it is reported as missing
-          given[f"{name}qkv.{kind}"] = np.concatenate([np.asarray(part) for part in parts])
+      together |= {f"{name}qkv.{kind}": [f"{name}{part}.{kind}" for part in "qkv"] for kind in ("weight", "bias")}
     table[f"reduce_{stage}"] = interop.dense(f"conv{n}", spatial=2)
     for i, j in sorted(blocks):
       layer, path = f"swintransformer{n}.layers.{i}", f"stage_{stage}/group{i}"
@@ -444,7 +440,7 @@ def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
   for name in ("score", "weight"):
     table |= {f"{name}_hidden": interop.dense(f"fc_{name}.0"), name: interop.dense(f"fc_{name}.3")}
   rules = {f"params/{path}": rule for path, rule in table.items()}
-  return interop.variables(given, rules, ignore=[*_UNUSED, *_BUFFERS])
+  return interop.variables(interop.joined(state_dict, together), rules, ignore=[*_UNUSED, *_BUFFERS])
 
 
 def backbone_from_timm(state_dict: Mapping[str, Any]) -> dict[str, Any]:

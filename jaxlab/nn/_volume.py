@@ -113,7 +113,7 @@ def lanes_for(channels: int) -> int:
 
 
 def vectors_for(channels: int, most: int) -> int:
-  """Vectors of outputs computed together, at most 4, for a multiple of `lanes_for` outputs."""
+  """Vectors of outputs computed together, at most `most` or 4, for a multiple of `lanes_for` outputs."""
   count = channels // lanes_for(channels)
   return next(vectors for vectors in (4, 2, 3, 1) if vectors <= most and count % vectors == 0)
 

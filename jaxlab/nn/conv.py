@@ -54,7 +54,7 @@ def dense(
   rows, columns, channels, out = kernel.shape
   height, width = ((n + 2 * padding - k) // stride + 1 for n, k in zip(x.shape[1:3], (rows, columns), strict=True))
   overlapping = max(rows, columns) > stride
-  if overlapping and min(channels, out) >= _WIDE and _host(x, kernel):
+  if overlapping and min(channels, out) >= _WIDE and kernels.available(x, kernel):
     y = volume.on_host(
       x[:, None], kernel[None], (1, stride, stride), (0, padding, padding), (1, height, width)
     )[:, 0]  # fmt: skip
@@ -106,7 +106,7 @@ def depthwise(
   if stride < 1:
     raise ValueError(f"stride: got {stride}, expected a positive integer")
   images = x.reshape(-1, *x.shape[-3:])
-  if _host(x, kernel):
+  if kernels.available(x, kernel):
     # A strided output is a slice of the dense one: still several times faster than XLA's grouped convolution.
     y = _host_depthwise(images, kernel, bias)[:, ::stride, ::stride]
   else:
@@ -148,7 +148,7 @@ def grouped_pointwise(
     )
   if bias is not None and bias.shape != (out,):
     raise ValueError(f"bias: got shape {bias.shape}, expected ({out},)")
-  if _host(x, kernel):
+  if kernels.available(x, kernel):
     wide = [a.astype(jnp.float32) for a in (x.reshape(-1, x.shape[-1]), kernel[0, 0])]
     offset = jnp.zeros(out) if bias is None else bias.astype(jnp.float32)
     return _host_grouped(*wide, offset).astype(x.dtype).reshape(*x.shape[:-1], out)
@@ -161,13 +161,6 @@ def grouped_pointwise(
   )
   y = y.reshape(*x.shape[:-1], out).astype(x.dtype)
   return y if bias is None else y + bias
-
-
-def _host(*arrays: Array) -> bool:
-  """Whether to use host kernels, which compute in float32."""
-  return kernels.available() and all(
-    jnp.issubdtype(a.dtype, jnp.floating) and jnp.finfo(a.dtype).bits <= 32 for a in arrays
-  )
 
 
 def _host_depthwise(x, kernel, bias):

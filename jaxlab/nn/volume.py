@@ -58,7 +58,7 @@ def convolve(
   if math.prod(window) == 1:
     x = x[:, *(slice(None, None, s) for s in strides)]
     y = jnp.einsum("bdhwc,co->bdhwo", x, kernel[0, 0, 0], preferred_element_type=jnp.float32).astype(x.dtype)
-  elif kernels.available() and all(jnp.finfo(a.dtype).bits <= 32 for a in (x, kernel)):
+  elif kernels.available(x, kernel):
     y = on_host(x, kernel, strides, before, tuple(-(-n // s) for n, s in zip(x.shape[1:4], strides, strict=True)))
   else:
     padding = [(p, p) for p in before]

@@ -220,9 +220,8 @@ def plain_cost(blocks, size, channels, widths, keep, classes, shortcuts, extra):
   return total + width * classes
 
 
-@pytest.mark.parametrize("layers", [32])
-def test_expected_cost_and_its_gradient(layers):
-  space = tas.resnet(layers, widths=(16, 10, 20, 40), image_size=16)
+def test_expected_cost_and_its_gradient():
+  space = tas.resnet(32, widths=(16, 10, 20, 40), image_size=16)
   rng = np.random.default_rng(0)
   logits = rng.standard_normal(space.table.shape), rng.standard_normal((3, len(space.depths)))
   table = [sorted({int(c * f / 10) for f in range(3, 11)}) for c in space.convolutions]
@@ -569,8 +568,8 @@ def test_the_cost_pulls_towards_the_target(found):
   assert np.all(change < 0) if found > target else np.all(change > 0)
 
 
-@pytest.mark.parametrize("ratio", [0.5])
-def test_a_short_search_ends_at_the_target(ratio):
+def test_a_short_search_ends_at_the_target():
+  ratio = 0.5
   _, step = search(ratio)
   state, ratios = start(), []
   for i in range(50):

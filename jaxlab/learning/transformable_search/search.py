@@ -270,16 +270,14 @@ def from_torch(state_dict: Mapping[str, Any], space: Space) -> tuple[dict[str, A
     paths |= {f"params/blocks_{i}/convs_{j}": f"layers.{i + 1}.{name}" for j, name in enumerate(names)}
     if block.shortcut:
       paths[f"params/blocks_{i}/shortcut"] = f"layers.{i + 1}.downsample"
-  given, rules = dict(state_dict), {"params/classifier": interop.dense("classifier")}
+  together, rules = {}, {"params/classifier": interop.dense("classifier")}
   for path, name in paths.items():
     rules[f"{path}/conv"] = interop.conv(f"{name}.conv", False)
     rules[path] = interop.batch_norm(f"{name}.BNs")
     for kind in ("weight", "bias", "running_mean", "running_var"):
-      parts = [given.pop(f"{name}.BNs.{k}.{kind}", None) for k in range(CHOICES)]
-      if all(part is not None for part in parts):  # else it is reported as missing
-        given[f"{name}.BNs.{kind}"] = np.concatenate([np.asarray(part) for part in parts])
+      together[f"{name}.BNs.{kind}"] = [f"{name}.BNs.{k}.{kind}" for k in range(CHOICES)]
   rules |= {f"architecture/{kind}": interop.raw(f"{kind[:-1]}_attentions") for kind in ("widths", "depths")}
-  made = interop.variables(given, rules, ignore=["*.choices_tensor"])
+  made = interop.variables(interop.joined(state_dict, together), rules, ignore=["*.choices_tensor"])
   architecture = Architecture(**made.pop("architecture"))
   check_architecture(space, architecture)
   return made, architecture
