@@ -48,7 +48,7 @@ def test_parameter_counts():
 
 def queries_scaled(state):
   """With the rule's weights the softmax of channels is a near tie of large logits, which magnifies rounding."""
-  return maniqa.from_torch({name: w / 8 if ".c_q." in name else w for name, w in state.items()})
+  return maniqa.from_torch({name: w / 32 if ".c_q." in name else w for name, w in state.items()})
 
 
 def test_golden():
@@ -67,7 +67,7 @@ def test_golden():
     }
 
   apply = lambda variables, inputs: run(variables, inputs["image"].transpose(0, 2, 3, 1))
-  golden_rule.check("maniqa", queries_scaled, apply, atol=2e-4)
+  golden_rule.check("maniqa", queries_scaled, apply, atol=5e-5)
 
 
 def test_weights_go_where_they_belong():
