@@ -1,7 +1,8 @@
 """Host kernels of the 3-D convolution: register-blocked products of patches and filters, without forming the patches.
 
-Volumes come with the zeros around them, so that the window of an output voxel along a row is one run of kw * C numbers.
-Both the convolution and the gradient of its filters are then sums of
+Volumes have zeros around them, so that the window of an output voxel along a row is one run of kw * C numbers: they
+come with them, or an item copies what it reads and puts zeros around that. Both the convolution and the gradient of its
+filters are then sums of
 
     sums[t, :] += a[t] * b[:]
 
@@ -33,7 +34,7 @@ FEW_CHANNELS = 64  # whose numbers are near each other in memory
 _PLACES = 32  # of a window that are copied together for the gradient
 _ITEMS = 16  # of a call, at least, to balance the load
 # Positions in the plan that an operation hands its kernel.
-_STRIDES, _BLOCK, _WINDOW, _GROUPS = 0, 3, 5, 8
+_STRIDES, _BLOCK, _WINDOW, _BEFORE, _FRAMED, _GROUPS = 0, 3, 5, 8, 11, 12
 
 _word = ir.IntType(64)
 
@@ -126,15 +127,23 @@ def tile_for(length: int, vectors: int) -> int:
 
 
 def plan(
-  shape: Sequence[int], window: Sequence[int], out: Sequence[int], strides: Sequence[int], *, chunks: int, sums: bool
+  shape: Sequence[int],
+  window: Sequence[int],
+  out: Sequence[int],
+  strides: Sequence[int],
+  before: Sequence[int] | None,
+  *,
+  chunks: int,
+  sums: bool,
 ) -> tuple[np.ndarray, int]:
   """How a call is cut into items.
 
   Args:
-    shape: of the volumes [N, D, H, W, C].
+    shape: of the volumes [N, D, H, W, C], in numbers of four bytes.
     window: sides of the filters.
     out: sides of the result.
     strides: of its voxels.
+    before: zeros before each side that the volumes do not have yet; None if they come with all.
     chunks: parts of the outputs that are computed one after the other.
     sums: whether items add into a part each, which should then be few, instead of writing voxels of their own.
 
@@ -155,23 +164,25 @@ def plan(
     groups, parts = chunks, min(blocks, max(1, _ITEMS // 2 // chunks))
   else:
     groups, parts = min(chunks, -(-_ITEMS // blocks)), blocks
-  return np.array([*strides, *block, *window, groups, parts], np.int32), groups * parts
+  framed = before is None
+  return np.array([*strides, *block, *window, *(before or (0, 0, 0)), framed, groups, parts], np.int32), groups * parts
 
 
 @functools.cache
 def convolve(tile: int, vectors: int, lanes: int, pairs: bool) -> kernels.Kernel:
   """Kernel (x [N, D, H, W, C], w [O / wide, kd, kh, kw * C, wide], plan) -> y [N, d, h, w, O], wide = vectors * lanes.
 
-  Voxel (i, j, k) of y is that of the window that begins at (i, j, k) * strides of x. Rows of x reach as far as whole
-  tiles of y do. x may have more channels than the filters: they are passed over.
+  With `pairs`, x and y are bfloat16. Voxel (i, j, k) of y is that of the window that begins at (i, j, k) * strides of x
+  with its zeros; rows of an x that comes with them reach as far as whole tiles of y do. x may have more channels than
+  the filters: they are passed over.
   """
-  number = types.uint32 if pairs else types.float32
+  number, size, write = (types.uint16, 2, _write_rounded) if pairs else (types.float32, 4, _write)
 
   @kernels.kernel(f"volume.convolve.{tile}.{vectors}.{lanes}.{pairs}")
   def kernel(item, frame):
-    x, w = kernels.operand(frame, 0, number, 5), kernels.operand(frame, 1, number, 5)
-    plan, y = kernels.operand(frame, 2, types.int32, 1), kernels.result(frame, 0, types.float32, 5)
-    channels, width = x.shape[4], y.shape[3]
+    x, w = kernels.operand(frame, 0, number, 5), kernels.operand(frame, 1, types.uint32, 5)
+    plan, y = kernels.operand(frame, 2, types.int32, 1), kernels.result(frame, 0, number, 5)
+    width = y.shape[3]
     sd, sh, sw = np.int64(plan[_STRIDES]), np.int64(plan[_STRIDES + 1]), np.int64(plan[_STRIDES + 2])
     kd, kh, kw = np.int64(plan[_WINDOW]), np.int64(plan[_WINDOW + 1]), np.int64(plan[_WINDOW + 2])
     depth, height, groups = np.int64(plan[_BLOCK]), np.int64(plan[_BLOCK + 1]), np.int64(plan[_GROUPS])
@@ -180,12 +191,14 @@ def convolve(tile: int, vectors: int, lanes: int, pairs: bool) -> kernels.Kernel
     n, d0, h0 = block // (high * deep), block // high % deep * depth, block % high * height
     depth, height = min(depth, y.shape[1] - d0), min(height, y.shape[2] - h0)
     chunks, run, wide = w.shape[0], w.shape[3], vectors * lanes
+    tiled = (width + tile - 1) // tile * tile
+    numbers, corner, plane, row, step = _with_zeros(
+      x, n, d0 * sd, h0 * sh, plan, (depth - 1) * sd + kd, (height - 1) * sh + kh, (tiled - 1) * sw + kw, 64 // size
+    )
     # The window along a row is one stretch of x, or one a voxel where x has more channels.
-    stretches, length = (1, run) if run == kw * channels else (kw, run // kw)
+    stretches, length = (1, run) if 4 * run == size * kw * step else (kw, run // kw)
     high_together = kh if run <= _PIECE else 1
     deep_together = kd if kh * run <= _PIECE else 1
-    row, tiled = x.shape[3] * channels, (width + tile - 1) // tile * tile
-    corner = x.ctypes.data + 4 * row * ((n * x.shape[1] + d0 * sd) * x.shape[2] + h0 * sh)
     sums = np.empty(depth * height * tiled * wide, np.float32)
     for chunk in range(chunks * group // groups, chunks * (group + 1) // groups):
       for p in range(len(sums)):
@@ -199,22 +212,23 @@ def convolve(tile: int, vectors: int, lanes: int, pairs: bool) -> kernels.Kernel
               target = sums.ctypes.data
               for i in range(depth):
                 for j in range(height):
-                  source = corner + 4 * (row * ((i * sd + a) * x.shape[2] + j * sh + b) + s * channels + r)
+                  place = corner + plane * (i * sd + a) + row * (j * sh + b) + s * step
+                  source = numbers.ctypes.data + size * place + 4 * r
                   for _ in range(0, width, tile):
                     _accumulate(
-                      tile, vectors, lanes, pairs, target, 4 * wide, source, 4 * sw * channels, weights,
-                      deep_together, 4 * row * x.shape[2], 4 * kh * run * wide,
-                      high_together, 4 * row, 4 * run * wide, piece, 4, 4 * wide,
+                      tile, vectors, lanes, pairs, target, 4 * wide, source, size * sw * step, weights,
+                      deep_together, size * plane, 4 * kh * run * wide,
+                      high_together, size * row, 4 * run * wide, piece, 4, 4 * wide,
                     )  # fmt: skip
-                    source += 4 * tile * sw * channels
+                    source += size * tile * sw * step
                     target += 4 * tile * wide
       first = chunk * wide
       for i in range(depth):
         for j in range(height):
           place = (i * height + j) * tiled * wide
           for k in range(width):
-            for v in range(wide):
-              y[n, d0 + i, h0 + j, k, first + v] = sums[place + v]
+            target = y[n, d0 + i, h0 + j, k, first : first + wide]
+            write(sums[place : place + wide], target)
             place += wide
 
   return kernel
@@ -224,8 +238,8 @@ def convolve(tile: int, vectors: int, lanes: int, pairs: bool) -> kernels.Kernel
 def correlate(tile: int, vectors: int, lanes: int, pairs: bool) -> kernels.Kernel:
   """Kernel (x [N, D, H, W, C], g [N, d, h, w, O], plan) -> gradients of the filters [parts, kd, kh, kw * C, O].
 
-  Each part is that of some of the voxels: their sum is wanted. x and g are the bits of float32 numbers, or with `pairs`
-  of bfloat16 ones, of which those of neighbouring voxels are summed together. x begins and ends with the windows.
+  Each part is that of some of the voxels: their sum is wanted. x and g are float32, or with `pairs` bfloat16, whose
+  numbers at neighbouring voxels are summed together. x with its zeros begins and ends with the windows.
   """
   number = types.uint16 if pairs else types.uint32
   together = 2 if pairs else 1
@@ -240,9 +254,8 @@ def correlate(tile: int, vectors: int, lanes: int, pairs: bool) -> kernels.Kerne
     most_deep, most_high, groups = np.int64(plan[_BLOCK]), np.int64(plan[_BLOCK + 1]), np.int64(plan[_GROUPS])
     parts, part, group = y.shape[0], item // groups, item % groups
     high, deep = (g.shape[2] + most_high - 1) // most_high, (g.shape[1] + most_deep - 1) // most_deep
-    blocks, wide, step = x.shape[0] * deep * high, vectors * lanes, sw * x.shape[4]
-    first, run, row = group * wide, kw * x.shape[4], x.shape[3] * x.shape[4]
-    columns = (width + together - 1) // together
+    blocks, wide, column = x.shape[0] * deep * high, vectors * lanes, sw * x.shape[4]
+    first, run, columns = group * wide, kw * x.shape[4], (width + together - 1) // together
     tiled = (run + tile - 1) // tile * tile  # places of the window, and some behind it whose sums are of no use
     # Voxels of few channels are read where they are; of others, the numbers that are used together are copied together.
     direct = not pairs and x.shape[4] <= FEW_CHANNELS and run == tiled
@@ -258,29 +271,30 @@ def correlate(tile: int, vectors: int, lanes: int, pairs: bool) -> kernels.Kerne
         for j in range(height):
           at = ((n * g.shape[1] + d0 + i) * g.shape[2] + h0 + j) * width * out + first
           _pack(g.reshape(-1), at, out, width, wide, wide, pairs, gradients, (i * height + j) * columns * wide)
+      numbers, corner, plane, line, _ = _with_zeros(
+        x, n, d0 * sd, h0 * sh, plan, (depth - 1) * sd + kd, (height - 1) * sh + kh, (width - 1) * sw + kw, 0
+      )
       for p in range(0, tiled, piece):
         size = min(piece, tiled - p)
-        corner = row * ((n * x.shape[1] + d0 * sd) * x.shape[2] + h0 * sh) + p
         if direct:
-          source, line, column = x.ctypes.data + 4 * corner, row, step
-          plane = line * x.shape[2]
+          source, across, down, through = numbers.ctypes.data + 4 * corner, column, line, plane
         else:
-          source, line, column, plane = inputs.ctypes.data, columns * size, size, columns * size * rows
+          source, across, down, through = inputs.ctypes.data, size, columns * size, columns * size * rows
           for i in range((depth - 1) * sd + kd):
             for j in range((height - 1) * sh + kh):
-              at = corner + row * (i * x.shape[2] + j)
-              _pack(x.reshape(-1), at, step, width, min(size, run - p), size, pairs, inputs, i * plane + j * line)
+              at, count = corner + p + plane * i + line * j, min(size, run - p)
+              _pack(numbers, at, column, width, count, size, pairs, inputs, i * through + j * down)
         # Lines that follow each other are one loop.
-        lines, length = (1, height * columns) if line == columns * column and sh == 1 else (height, columns)
+        lines, length = (1, height * columns) if down == columns * across and sh == 1 else (height, columns)
         for a in range(kd):
           for b in range(kh):
             target = sums.ctypes.data + 4 * wide * ((a * kh + b) * tiled + p)
-            first_input = source + 4 * (a * plane + b * line)
+            first_input = source + 4 * (a * through + b * down)
             for _ in range(0, size, tile):
               _accumulate(
                 tile, vectors, lanes, pairs, target, 4 * wide, first_input, 4, gradients.ctypes.data,
-                depth, 4 * plane * sd, 4 * wide * columns * height,
-                lines, 4 * line * sh, 4 * wide * columns, length, 4 * column, 4 * wide,
+                depth, 4 * through * sd, 4 * wide * columns * height,
+                lines, 4 * down * sh, 4 * wide * columns, length, 4 * across, 4 * wide,
               )  # fmt: skip
               first_input += 4 * tile
               target += 4 * tile * wide
@@ -292,6 +306,23 @@ def correlate(tile: int, vectors: int, lanes: int, pairs: bool) -> kernels.Kerne
             y[part, a, b, r, first + v] = sums[place + v]
 
   return kernel
+
+
+@numba.njit(inline="always")
+def _write(sums, target):
+  for v in range(len(sums)):
+    target[v] = sums[v]
+
+
+@numba.njit(inline="always")
+def _write_rounded(sums, target):
+  """float32 to the nearest bfloat16, ties to even; no infinity is made of what is not a number."""
+  bits = sums.view(np.uint32)
+  for v in range(len(bits)):
+    word = bits[v]
+    rounded = (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    unordered = (word & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    target[v] = types.uint16(0x7FC0) if unordered else types.uint16(rounded)
 
 
 @numba.njit(cache=True)
@@ -314,3 +345,42 @@ def _pack(numbers, at, step, length, count, size, pairs, words, place):
       target[q] = 0
     place += size
     at += 2 * step if pairs else step
+
+
+@numba.njit(cache=True)
+def _with_zeros(x, n, d0, h0, plan, deep, high, columns, extra):
+  """The `deep` x `high` x `columns` voxels of volume n from (d0, h0, 0) on, counted with the zeros before it.
+
+  Returns numbers, the place of the first voxel in them, and the steps to the next plane, row and voxel: x itself, or a
+  copy with zeros around it, in which voxels that would share few lines of the cache are `extra` numbers further apart.
+  """
+  _, depth, height, width, channels = x.shape
+  flat = x.reshape(-1)
+  if plan[_FRAMED]:
+    row = width * channels
+    return flat, row * ((n * depth + d0) * height + h0), row * height, row, channels
+  d0, h0, w0 = d0 - plan[_BEFORE], h0 - plan[_BEFORE + 1], -np.int64(plan[_BEFORE + 2])
+  step = channels + extra if extra > 0 and channels % (16 * extra) == 0 else channels
+  row = columns * step
+  copy = np.empty(deep * high * row, x.dtype)
+  first, last = max(0, -w0), min(columns, width - w0)  # columns that x has
+  for i in range(deep):
+    for j in range(high):
+      target = copy[(i * high + j) * row : (i * high + j + 1) * row]
+      d, h = d0 + i, h0 + j
+      if d < 0 or d >= depth or h < 0 or h >= height or last <= first:
+        for q in range(row):
+          target[q] = 0
+        continue
+      for q in range(first * step):
+        target[q] = 0
+      for q in range(last * step, row):
+        target[q] = 0
+      at = (((n * depth + d) * height + h) * width + w0 + first) * channels
+      together = last - first if step == channels else 1
+      for k in range(first, last, together):
+        place, source = target[k * step : k * step + together * channels], flat[at : at + together * channels]
+        for q in range(together * channels):
+          place[q] = source[q]
+        at += together * channels
+  return copy, 0, high * row, row, step

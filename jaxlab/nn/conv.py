@@ -17,8 +17,6 @@ from jaxtyping import Array, Float
 from jaxlab import kernels
 from jaxlab.nn import _depthwise, _grouped, volume
 
-_WIDE = 16  # channels from which on the host kernel is the faster one
-
 
 def dense(
   x: Float[Array, "b h w c"],
@@ -54,7 +52,7 @@ def dense(
   rows, columns, channels, out = kernel.shape
   height, width = ((n + 2 * padding - k) // stride + 1 for n, k in zip(x.shape[1:3], (rows, columns), strict=True))
   overlapping = max(rows, columns) > stride
-  if overlapping and min(channels, out) >= _WIDE and kernels.available(x, kernel):
+  if overlapping and kernels.available(x, kernel):
     y = volume.on_host(
       x[:, None], kernel[None], (1, stride, stride), (0, padding, padding), (1, height, width)
     )[:, 0]  # fmt: skip

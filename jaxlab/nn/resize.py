@@ -1,7 +1,7 @@
 """Resizing of images and volumes, to the digit as PyTorch does it: `jax.image.resize` has other borders and cubics.
 
-Every kind is linear and separable, y = M_1 x along one axis after the other, so a kind is a function that makes M. As
-products these are fast on every device, and so are their gradients.
+Every kind is linear and separable, y = M_1 x along one axis after the other, so a kind is a function that makes M. Rows
+of M have few entries, so a pixel is the weighted sum of a few others, and its gradient is one by the rows of M^T.
 """
 
 import functools
@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 Method = Literal["nearest", "linear", "cubic"]
 
 _CUBIC = -0.75  # PyTorch's a; -0.5 elsewhere
+_FEW = 16  # entries of a row up to which a sum is faster than a product with the matrix
 
 
 def resize(
@@ -64,9 +65,26 @@ def _apply(x: Array, size: Sequence[int], make: Callable[[int, int], np.ndarray]
   y = x.astype(jnp.float32)
   for axis in sorted(range(len(size)), key=lambda a: size[a] / x.shape[a + 1]):
     if size[axis] != x.shape[axis + 1]:
-      matrix = jnp.asarray(make(x.shape[axis + 1], size[axis]), jnp.float32)
-      y = jnp.moveaxis(jnp.tensordot(matrix, y, (1, axis + 1), precision=jax.lax.Precision.HIGHEST), 0, axis + 1)
+      y = _along(make(x.shape[axis + 1], size[axis]), y, axis + 1)
   return y.astype(x.dtype)
+
+
+def _along(matrix: np.ndarray, y: Array, axis: int) -> Array:
+  """The matrix times an axis of y. Its gradient is written out, as XLA makes that of a choice of rows a scatter."""
+  times = jax.custom_vjp(lambda y: _sums(matrix, y, axis))
+  times.defvjp(lambda y: (times(y), None), lambda _, g: (_along(matrix.T, g, axis),))
+  return times(y)
+
+
+def _sums(matrix: np.ndarray, y: Array, axis: int) -> Array:
+  entries = np.count_nonzero(matrix, 1).max()
+  if entries > _FEW:
+    wide = jnp.asarray(matrix, jnp.float32)
+    return jnp.moveaxis(jnp.tensordot(wide, y, (1, axis), precision=jax.lax.Precision.HIGHEST), 0, axis)
+  places = np.argsort(matrix == 0, 1, kind="stable")[:, :entries]  # rows of fewer entries read others at weight 0
+  weights = np.take_along_axis(matrix, places, 1).astype(np.float32)
+  shape = [-1 if a == axis else 1 for a in range(y.ndim)]
+  return sum(jnp.take(y, p, axis, mode="clip") * w.reshape(shape) for p, w in zip(places.T, weights.T, strict=True))
 
 
 @functools.cache

@@ -107,7 +107,10 @@ def _product(x, kernel, strides, before, sides):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _convolve(x, kernel, strides, before, sides):
-  """y[o] = sum over taps t of x[o * strides + t - before] kernel[t], for `sides` voxels o; float32."""
+  """y[o] = sum over taps t of x[o * strides + t - before] kernel[t], for `sides` voxels o.
+
+  In float32, or in bfloat16 where pairs of it are summed.
+  """
   window, out = kernel.shape[:3], kernel.shape[4]
   if x.shape[4] % 2 or not _volume.has_pairs():
     x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
@@ -115,16 +118,21 @@ def _convolve(x, kernel, strides, before, sides):
   channels = kernel.shape[4]
   lanes, vectors = _volume.lanes_for(channels), _volume.vectors_for(channels, 4)
   tile, wide = _volume.tile_for(sides[2], vectors), lanes * vectors
-  x = _framed(x, strides, before, window, (*sides[:2], -(-sides[2] // tile) * tile))
   filters = kernel.reshape(*window[:2], -1, channels // wide, wide).transpose(3, 0, 1, 2, 4)
+  words = x.shape[4]  # of four bytes, that a voxel takes
   if pairs:
-    x = jax.lax.bitcast_convert_type(x.reshape(*x.shape[:4], -1, 2), jnp.uint32)
     filters = filters.reshape(*filters.shape[:3], -1, 2, wide).swapaxes(4, 5)
     filters = jax.lax.bitcast_convert_type(filters, jnp.uint32)
-  plan, items = _volume.plan(x.shape, window, sides, strides, chunks=channels // wide, sums=False)
-  if x.shape[4] % 256 == 0:  # rows of voxels at such steps would share few lines of the cache
-    x = jnp.pad(x, [(0, 0)] * 4 + [(0, 16)])
-  result = jax.ShapeDtypeStruct((x.shape[0], *sides, channels), jnp.float32)
+    words //= 2
+  copied = _copied(window)
+  if not copied:
+    x = _framed(x, strides, before, window, (*sides[:2], -(-sides[2] // tile) * tile))
+  plan, items = _volume.plan(
+    (*x.shape[:4], words), window, sides, strides, before if copied else None, chunks=channels // wide, sums=False
+  )
+  if not copied and words % 256 == 0:  # rows of voxels at such steps would share few lines of the cache
+    x = jnp.pad(x, [(0, 0)] * 4 + [(0, 64 // x.dtype.itemsize)])
+  result = jax.ShapeDtypeStruct((x.shape[0], *sides, channels), x.dtype)
   host = _volume.convolve(tile, vectors, lanes, pairs)
   (y,) = kernels.call(host, [result], x, filters, jnp.asarray(plan), items=items)
   return y[..., :out]
@@ -143,6 +151,11 @@ def _convolve_backward(strides, before, sides, saved, g):
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def _copied(window):
+  """Whether items put zeros around what they read: cheap for images, whose items share few rows, not for volumes."""
+  return window[0] == 1
 
 
 def _framed(x, strides, before, window, sides):
@@ -172,9 +185,9 @@ def _transposed(g, kernel, strides, before, sides):
     taps = [along(axis, r) for axis, r in enumerate(remainders)]
     shape = tuple(count for *_, count in taps)
     if any(last < first for first, last, *_ in taps):
-      return jnp.zeros((g.shape[0], *shape, kernel.shape[3]), jnp.float32)
+      return jnp.zeros((g.shape[0], *shape, kernel.shape[3]), g.dtype)
     chosen = turned[tuple(slice(first, last + 1, s) for first, last, s, *_ in taps)][::-1, ::-1, ::-1]
-    return _convolve(g, chosen, (1, 1, 1), tuple(lead for *_, lead, _ in taps), shape)
+    return _convolve(g, chosen, (1, 1, 1), tuple(lead for *_, lead, _ in taps), shape).astype(g.dtype)
 
   if tuple(strides) == (1, 1, 1):
     return part((0, 0, 0))
@@ -199,12 +212,14 @@ def _correlate(x, g, strides, before, window):
   pairs, g = x.dtype == jnp.bfloat16, _padded(g, out)
   channels = g.shape[4]
   lanes, vectors = _volume.lanes_for(channels), _volume.vectors_for(channels, 2)
-  x = _framed(x, strides, before, window, g.shape[1:4])
-  chunks = channels // (lanes * vectors)
-  plan, items = _volume.plan(x.shape, window, g.shape[1:4], strides, chunks=chunks, sums=True)
+  copied, chunks = _copied(window), channels // (lanes * vectors)
+  if not copied:
+    x = _framed(x, strides, before, window, g.shape[1:4])
+  plan, items = _volume.plan(
+    x.shape, window, g.shape[1:4], strides, before if copied else None, chunks=chunks, sums=True
+  )
   result = jax.ShapeDtypeStruct((int(plan[-1]), *window[:2], window[2] * inputs, channels), jnp.float32)
   host = _volume.correlate(_volume.tile_for(window[2] * inputs, vectors), vectors, lanes, pairs)
-  x, g = (jax.lax.bitcast_convert_type(a, jnp.uint16 if pairs else jnp.uint32) for a in (x, g))
   (sums,) = kernels.call(host, [result], x, g, jnp.asarray(plan), items=items)
   return sums.sum(0)[..., :out].reshape(*window, inputs, out)
 

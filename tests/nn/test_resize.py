@@ -36,6 +36,19 @@ def test_bfloat16_and_gradient():
   np.testing.assert_allclose(gradient.sum(), 1, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("length", "size"), [(5, 9), (9, 4), (60, 3), (3, 60)])
+def test_cotangents_meet_the_transposed_matrix(length, size):
+  # <R x, g> = <x, R^T g>, with few entries a row and with many (60 to 3 in a mean, and back).
+  x, g = (
+    np.random.default_rng(i).standard_normal((2, n, 4, 3)).astype("float32") for i, n in enumerate((length, size))
+  )
+  for function in (lambda x: resize(x, (size, 4)), lambda x: adaptive_average_pool(x, (size, 4))):
+    y, back = jax.vjp(function, x)
+    np.testing.assert_allclose(np.vdot(y, g), np.vdot(x, back(g)[0]), atol=1e-4)
+    np.testing.assert_allclose(jax.grad(lambda g, back=back: (back(g)[0] * x).sum())(jnp.asarray(g)), y, atol=1e-5)
+    np.testing.assert_allclose(jax.vmap(function)(x[None])[0], y, atol=1e-6)
+
+
 def test_bad_arguments():
   x = jnp.zeros((1, 4, 4, 2))
   for size in ((4,), (0, 4), (4, 4, 4)):

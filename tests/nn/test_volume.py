@@ -92,9 +92,9 @@ def test_kernels_can_be_left_out():
 
 def test_items_cover_large_and_small_volumes():
   for shape, channels in (((1, 128, 128, 128, 64), 32), ((2, 4, 4, 4, 512), 512), ((1, 1, 1, 1, 1), 8)):
-    plan, items = _volume.plan(shape, (3, 3, 3), shape[1:4], (1, 1, 1), chunks=channels // 8, sums=False)
+    plan, items = _volume.plan(shape, (3, 3, 3), shape[1:4], (1, 1, 1), None, chunks=channels // 8, sums=False)
     assert items == plan[-1] * plan[-2] and 1 <= plan[3] <= shape[1] and 1 <= plan[4] <= shape[2]
-  assert _volume.plan((1, 32, 32, 32, 512), (3,) * 3, (32,) * 3, (1,) * 3, chunks=16, sums=True)[0][-1] == 1
+  assert _volume.plan((1, 32, 32, 32, 512), (3,) * 3, (32,) * 3, (1,) * 3, None, chunks=16, sums=True)[0][-1] == 1
 
 
 def test_initial_weights_are_normal_draws():
