@@ -208,6 +208,8 @@ def growth(config: Config, path: pathlib.Path) -> tuple[dict[str, Any], str]:
   lines = {"hierarchy": (sizes, counts), "random start on layer 0": (sizes, flat)}
   train.figures.curves(axes, lines, xlabel="points", ylabel="distances per query")
   axes.set(xscale="log", ylim=(0, None), title="uniform, 8 dimensions, M 16, ef 50")
+  axes.minorticks_off()
+  axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
   train.figures.save(figure, path)
   metrics = {f"distances, {n} points": c for n, c in zip(sizes, counts, strict=True)}
   metrics |= {f"distances from a random start, {n} points": c for n, c in zip(sizes, flat, strict=True)}

@@ -1,6 +1,6 @@
 """SegMAN on shapes over photographs: what attention in neighbourhoods and the scan each see.
 
-    python experiments/segman.py                  # a network of 0.2M parameters, minutes
+    python experiments/segman.py                  # a network of 0.4M parameters, minutes
     python experiments/segman.py --seeds 3 --ablation   # and the same without scan, and without local attention
     python experiments/segman.py --preset paper   # SegMAN-T, for images of one's own size, on a host with GPUs
 
@@ -42,7 +42,7 @@ class Config:
   """What to run."""
 
   preset: Literal["demo", "paper"] = "demo"
-  """demo: 0.2M parameters; paper: SegMAN-T with the published optimizer, 160,000 steps at 512 pixels."""
+  """demo: 0.4M parameters; paper: SegMAN-T with the published optimizer, 160,000 steps at 512 pixels."""
   side: int = 96
   """Of the images, a multiple of 32."""
   images: int = 1000

@@ -366,7 +366,8 @@ def scale(folder: pathlib.Path) -> tuple[dict[str, Any], str]:
   axes.set(xscale="log", yscale="log")
   for drawn in axes.lines[:-1]:
     drawn.set_marker("o")
-  axes.legend(loc="lower right")
+  axes.set_ylim(top=300)
+  axes.legend(loc="upper left")
   train.figures.save(figure, folder / "figure.png")
   double = lambda t: float(max(b / a for a, b, m in zip(t, t[1:], EDGES[1:], strict=False) if m != EDGES[-1]))
   metrics = {f"ATC, seconds at {m} edges": t for m, t in zip(EDGES, approximate, strict=True)}
