@@ -10,14 +10,12 @@ dense layer on the mean of pixels), and against what heads cost: multiplications
 """
 
 import dataclasses
-import json
 import pathlib
 import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-import rich
 import tyro
 
 from jaxlab import memory, train
@@ -150,7 +148,7 @@ def main(config: Config) -> None:
   metrics |= {f"multiplications, {name}": sum(macs(model, config.size)) / base for name, model in models.items()}
   draw(metrics, config, folder)
   published = config.preset == "paper"
-  path = train.write_result(
+  train.report(
     folder,
     system="auglocal",
     claim="Test error (%) by depth of the local heads, every unit a module, beside backpropagation.",
@@ -161,8 +159,6 @@ def main(config: Config) -> None:
     seed=list(range(config.seeds)),
     wall_time=time.perf_counter() - start,
   )
-  print_metrics(json.loads(path.read_text()))
-  rich.print(f"Everything is in {folder}.")
 
 
 if __name__ == "__main__":

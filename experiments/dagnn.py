@@ -12,7 +12,6 @@ hyper-parameters. For digits nothing is published, so each was tuned on the same
 
 import dataclasses
 import itertools
-import json
 import pathlib
 import time
 from typing import Any, Literal, NamedTuple
@@ -250,7 +249,7 @@ def main(config: Config) -> None:
     first = jax.tree.map(lambda leaf: leaf[0], best["DAGNN"].params)
     train.save_variables(folder / "dagnn_seed0", {"params": first})
   published = dict(zip(("value", "std"), PUBLISHED.get(config.dataset, ()), strict=False))
-  path = train.write_result(
+  train.report(
     folder,
     system="dagnn",
     claim=ABLATION if config.ablation else "Accuracy of DAGNN beside a 2-layer GCN and an MLP under one protocol.",
@@ -260,9 +259,8 @@ def main(config: Config) -> None:
     published={"DAGNN": published | {"source": "Liu et al. 2020"}} if published and not config.ablation else {},
     seed=list(range(config.seeds)),
     wall_time=time.perf_counter() - start,
+    show=report,
   )
-  report(json.loads(path.read_text()))
-  rich.print(f"Everything is in {folder}.")
 
 
 if __name__ == "__main__":

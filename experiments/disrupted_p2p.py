@@ -12,7 +12,6 @@ Accuracy is the mean over survivors (over the same peers in undisturbed runs), a
 """
 
 import dataclasses
-import json
 import pathlib
 import time
 from typing import Any, Literal
@@ -29,7 +28,7 @@ from jaxlab import memory, train
 from jaxlab.data import digits, mnist5k
 from jaxlab.decentral import disrupted_p2p as dp
 from jaxlab.decentral import partition, simulator
-from jaxlab.train.result import finished_result, settings
+from jaxlab.train.result import finished_result, print_metrics, settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,14 +124,6 @@ def draw(
   train.figures.save(figure, folder / "figure.png")
 
 
-def report(result: dict[str, Any]) -> None:
-  """The table."""
-  table = rich.table.Table("quantity", "mean", "std. deviation", title=result["dataset"])
-  for name, metric in result["metrics"].items():
-    table.add_row(name, "" if metric["mean"] is None else f"{metric['mean']:.2f}", f"{metric['std'] or 0:.2f}")
-  rich.print(table)
-
-
 def interval(difference: np.ndarray) -> np.ndarray:
   """Half the width of the 95 % interval of a mean over graphs, by Student's t."""
 
@@ -155,7 +146,7 @@ def main(config: Config) -> None:
   )
   record, start = settings(config), time.perf_counter()
   if result := finished_result(folder, record):
-    return report(result)
+    return print_metrics(result)
 
   splits = (mnist5k if config.dataset == "mnist_5k" else digits).images()
   local = simulator.classifier(dp.MLP(10, config.hidden), optax.sgd(config.rate, momentum=0.5))
@@ -206,7 +197,7 @@ def main(config: Config) -> None:
   for name in ("A, hubs", "A, random"):
     metrics[f"{name}: giant component"] = np.array([s.giant for s in structures[name]])
     metrics[f"{name}: components"] = np.array([s.components for s in structures[name]])
-  path = train.write_result(
+  train.report(
     folder,
     system="disrupted_p2p",
     claim="Accuracy of survivors when hubs or random peers vanish with or without data, over graphs.",
@@ -217,8 +208,6 @@ def main(config: Config) -> None:
     seed=list(range(config.graphs)),
     wall_time=time.perf_counter() - start,
   )
-  report(json.loads(path.read_text()))
-  rich.print(f"Everything is in {folder}.")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ Not run here: the comparison with the training time of DeepWalk and node2vec, wh
 """
 
 import dataclasses
-import json
 import pathlib
 import time
 from typing import Any, Literal, NamedTuple
@@ -30,7 +29,7 @@ from jaxlab import memory, train
 from jaxlab.data import digits, networks, synthetic
 from jaxlab.graph import evaluation, sparse
 from jaxlab.graph.embedding import fastrp
-from jaxlab.train.result import finished_result, settings
+from jaxlab.train.result import finished_result, print_metrics, settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,16 +224,6 @@ def scale(path: pathlib.Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------- main
 
 
-def report(result: dict[str, Any]) -> None:
-  """The table."""
-  table = rich.table.Table("metric", "mean", "std. deviation", "published", title=result["dataset"])
-  for key, metric in result["metrics"].items():
-    published = result["published"].get(key, {}).get("value")
-    numbers = (metric["mean"], metric["std"], published)
-    table.add_row(key, *("" if number is None else f"{number:.4f}" for number in numbers))
-  rich.print(table)
-
-
 def main(config: Config) -> None:
   """Runs the experiment, or shows a finished one."""
   if config.shuffles < 1:
@@ -247,7 +236,7 @@ def main(config: Config) -> None:
   folder = config.workdir / ("scaling" if config.scaling else f"{config.dataset}-{config.dim}-{len(config.fractions)}")
   record = settings(dataclasses.asdict(config) | ({} if config.scaling else {"methods": METHODS}))
   if result := finished_result(folder, record):
-    return report(result)
+    return print_metrics(result)
   start = time.perf_counter()
   published: dict[str, Any] = {}
   if config.scaling:
@@ -258,7 +247,7 @@ def main(config: Config) -> None:
     draw_scores(config, metrics, folder / "figure.png")
     claim = "Without training, as useful to a classifier as DeepWalk; normalized rows pay if hops 1 and 2 have weight."
     dataset = config.dataset
-  path = train.write_result(
+  train.report(
     folder,
     system="fastrp",
     claim=claim,
@@ -269,8 +258,6 @@ def main(config: Config) -> None:
     seed=[0] if config.scaling else list(range(config.shuffles)),
     wall_time=time.perf_counter() - start,
   )
-  report(json.loads(path.read_text()))
-  rich.print(f"Everything is in {folder}.")
 
 
 if __name__ == "__main__":

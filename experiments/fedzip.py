@@ -11,7 +11,6 @@ those of streams that `fedzip.encode` writes: at the end one update is encoded, 
 """
 
 import dataclasses
-import json
 import pathlib
 import time
 from typing import Any, Literal
@@ -27,7 +26,7 @@ import tyro
 from jaxlab import memory, train
 from jaxlab.data import digits, mnist5k
 from jaxlab.decentral import fedzip, partition, simulator, single_merging
-from jaxlab.train.result import finished_result, settings
+from jaxlab.train.result import finished_result, print_metrics, settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,14 +140,6 @@ def draw(config: Config, curves: dict[str, dict[str, np.ndarray]], folder: pathl
   train.figures.save(figure, folder / "figure.png")
 
 
-def report(result: dict[str, Any]) -> None:
-  """The table."""
-  table = rich.table.Table("quantity", "mean", "std. deviation", title=result["dataset"])
-  for name, metric in result["metrics"].items():
-    table.add_row(name, f"{metric['mean']:.2f}", f"{metric['std'] or 0:.2f}")
-  rich.print(table)
-
-
 def main(config: Config) -> None:
   """Trains what is not trained yet, then draws and reports."""
   memory.keep()
@@ -162,7 +153,7 @@ def main(config: Config) -> None:
   folder = config.workdir / kind
   record, start = settings(config), time.perf_counter()
   if result := finished_result(folder, record):
-    return report(result)
+    return print_metrics(result)
   curves, stream, size = {}, 0.0, 1
   for name in ARMS:
     began = time.perf_counter()
@@ -180,7 +171,7 @@ def main(config: Config) -> None:
       metrics[f"{name}: loss of accuracy (points)"] = 100 * (plain["eval_accuracy"][-1] - found["eval_accuracy"][-1])
       metrics[f"{name}: ratio of true bytes"] = plain["megabits"][-1] / found["megabits"][-1]
   metrics["final model as one message, z = 80 %: ratio of bytes written and read back"] = size / stream
-  path = train.write_result(
+  train.report(
     folder,
     system="fedzip",
     claim="Accuracy and true bytes of compressed updates beside FedAvg and baselines.",
@@ -191,8 +182,6 @@ def main(config: Config) -> None:
     seed=list(range(config.seeds)),
     wall_time=time.perf_counter() - start,
   )
-  report(json.loads(path.read_text()))
-  rich.print(f"Everything is in {folder}.")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,9 @@ The figure also shows the memory of a compiled training step against depth.
 """
 
 import dataclasses
-import json
 import pathlib
 import time
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
@@ -26,7 +25,7 @@ import tyro
 from jaxlab import data, memory, train
 from jaxlab.data import citation_full, digits, planetoid
 from jaxlab.graph.nets import forward_gnn as fg
-from jaxlab.train.result import finished_result, settings
+from jaxlab.train.result import finished_result, print_metrics, settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,16 +159,6 @@ def draw(
   train.figures.save(figure, folder / "figure.png")
 
 
-def report(result: dict[str, Any]) -> None:
-  """The table."""
-  title = f"{result['dataset']}: test metric (%)"
-  table = rich.table.Table("algorithm", "mean", "std. deviation", "published", title=title)
-  for name, metric in result["metrics"].items():
-    published = result["published"].get(name, {}).get("value", "")
-    table.add_row(name, f"{metric['mean']:.2f}", f"{metric['std'] or 0:.2f}", str(published))
-  rich.print(table)
-
-
 def main(config: Config) -> None:
   """Trains what is not trained yet, then draws and reports."""
   memory.keep()
@@ -185,7 +174,7 @@ def main(config: Config) -> None:
   folder = config.workdir / f"{config.dataset}-{config.task}-{config.kind}-{depths}-{config.splits}-{config.epochs}"
   record = settings(dataclasses.asdict(config) | {"algorithms": chosen(config)})
   if result := finished_result(folder, record):
-    return report(result)
+    return print_metrics(result)
 
   values: dict[str, np.ndarray] = {}
   for name, method in methods(config, num_classes).items():
@@ -206,7 +195,7 @@ def main(config: Config) -> None:
   metrics = {name: values[name] for name in order}
   for name, sizes in megabytes.items():
     metrics[f"{name}: step memory at 4 layers over 1"] = np.array(sizes[3] / sizes[0])
-  path = train.write_result(
+  train.report(
     folder,
     system="forward_gnn",
     claim="Layer-wise forward learning against backpropagation with the same layers and recipe.",
@@ -217,8 +206,6 @@ def main(config: Config) -> None:
     seed=list(range(config.splits)),
     wall_time=time.perf_counter() - start,
   )
-  report(json.loads(path.read_text()))
-  rich.print(f"Everything is in {folder}.")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ the epoch with the best validation score. The figure of the ring also times a st
 
 import dataclasses
 import itertools
-import json
 import pathlib
 import time
 from collections.abc import Callable
@@ -33,7 +32,7 @@ from jaxlab import memory, train
 from jaxlab.data import heterophilous, tu
 from jaxlab.graph import encodings, layers, sparse, structure, tokens
 from jaxlab.graph.nets import graph_mamba
-from jaxlab.train.result import finished_result, settings
+from jaxlab.train.result import finished_result, print_metrics, settings
 
 COLORS, WALKS = 4, 4
 
@@ -418,14 +417,13 @@ def draw(config: Config, table: dict[str, dict[str, np.ndarray]], times, folder:
     for i, (name, values) in enumerate(table[config.dataset].items()):
       axes[0].errorbar(i, values.mean(), values.std(ddof=1) if len(values) > 1 else 0, fmt="o", capsize=4)
       axes[0].plot(np.full(len(values), i + 0.15), values, ".", color="gray", markersize=4)
-      axes[0].text(i, axes[0].get_ylim()[0], "", ha="center")
       published = PUBLISHED.get(config.dataset, {}).get(name)
       if published is not None:
         axes[0].plot(i, published, "k_", markersize=14)
     axes[0].set_xticks(range(len(table[config.dataset])), list(table[config.dataset]), rotation=20, ha="right")
     unit = "ROC AUC (%)" if config.dataset == "minesweeper" else "accuracy (%)"
-    bars = "; bars: published" if config.dataset in PUBLISHED else ""
-    axes[0].set(ylabel=f"test {unit}", title=f"{config.dataset}: mean, deviation, runs{bars}")
+    bars = " (bars: published)" if config.dataset in PUBLISHED else ""
+    axes[0].set(ylabel=f"test {unit}", title=f"{config.dataset}{bars}")
   else:
     sizes = np.array(config.ring)
     series = {name: (sizes, np.stack([table[f"ring {n}"][name] for n in config.ring])) for name in config.methods}
@@ -438,15 +436,6 @@ def draw(config: Config, table: dict[str, dict[str, np.ndarray]], times, folder:
   train.figures.save(figure, folder / "figure.png")
 
 
-def report(result: dict[str, Any]) -> None:
-  """The table."""
-  table = rich.table.Table("metric", "mean", "std. deviation", "runs", "published", title=result["dataset"])
-  for name, metric in result["metrics"].items():
-    published = result["published"].get(name, {}).get("value")
-    table.add_row(name, f"{metric['mean']:.2f}", f"{metric['std'] or 0:.2f}", str(metric["n"]), str(published or ""))
-  rich.print(table)
-
-
 def main(config: Config) -> None:
   """Trains what is not trained yet, then draws and reports."""
   memory.keep()
@@ -457,7 +446,7 @@ def main(config: Config) -> None:
   folder, start = config.workdir / name, time.perf_counter()
   record = settings(dataclasses.asdict(config) | {"tuned": TUNED.get(config.dataset, {})})
   if result := finished_result(folder, record):
-    return report(result)
+    return print_metrics(result)
 
   if config.dataset == "ring":
     groups = {f"ring {n}": [ring_problem(config, n, seed) for seed in range(config.runs)] for n in config.ring}
@@ -489,7 +478,7 @@ def main(config: Config) -> None:
     for n, v in PUBLISHED.get(config.dataset, {}).items()
     if n in metrics
   }
-  path = train.write_result(
+  train.report(
     folder,
     system="graph_mamba",
     claim={
@@ -503,8 +492,6 @@ def main(config: Config) -> None:
     seed=list(range(config.runs)),
     wall_time=time.perf_counter() - start,
   )
-  report(json.loads(path.read_text()))
-  rich.print(f"Everything is in {folder}.")
 
 
 if __name__ == "__main__":

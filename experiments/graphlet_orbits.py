@@ -17,7 +17,6 @@ The paper's six networks and its protocol were not at hand.
 
 import dataclasses
 import functools
-import json
 import pathlib
 import re
 import time
@@ -36,7 +35,7 @@ from jaxlab import train
 from jaxlab.data import digits, networks, planetoid, synthetic
 from jaxlab.graph import common_neighbors
 from jaxlab.graph.embedding import graphlet_orbits as go
-from jaxlab.train.result import finished_result, once, settings
+from jaxlab.train.result import finished_result, once, print_metrics, settings
 
 PAIRS = tuple(pair for pair in go.ORBIT_PAIRS[1:] if pair[1] <= pair[2])  # the first is the adjacency itself
 FAMILIES = ("walks", "orbits", "graphlets", "walks and orbit")
@@ -300,10 +299,7 @@ def one_large(folder: pathlib.Path) -> tuple[dict[str, Any], str]:
 
 def report(result: dict[str, Any]) -> None:
   """The table and the claim."""
-  table = rich.table.Table("metric", "mean", "std. deviation", title=result["dataset"])
-  for key, metric in result["metrics"].items():
-    table.add_row(key, *("" if x is None else f"{x:,.4g}" for x in (metric["mean"], metric["std"])))
-  rich.print(table)
+  print_metrics(result)
   rich.print(result["claim"])
 
 
@@ -334,7 +330,7 @@ def main(config: Config) -> None:
     (metrics, claim), dataset = one_large(folder), "Chung-Lu graph"
   else:
     (metrics, claim), dataset = compare(config, folder), config.dataset
-  path = train.write_result(
+  train.report(
     folder,
     system="graphlet_orbits",
     claim=claim,
@@ -344,9 +340,8 @@ def main(config: Config) -> None:
     published={},
     seed=[0] if config.scaling or config.large else list(range(config.seeds)),
     wall_time=time.perf_counter() - start,
+    show=report,
   )
-  report(json.loads(path.read_text()))
-  rich.print(f"Everything is in {folder}.")
 
 
 if __name__ == "__main__":

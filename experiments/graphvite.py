@@ -10,10 +10,9 @@ many labels predicted as a node has. Seeds change split, start and walks. Models
 """
 
 import dataclasses
-import json
 import pathlib
 import time
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
@@ -28,7 +27,7 @@ from jaxlab import train
 from jaxlab.data import digits, networks
 from jaxlab.graph import evaluation
 from jaxlab.graph.embedding import graphvite
-from jaxlab.train.result import finished_result, settings
+from jaxlab.train.result import finished_result, print_metrics, settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,15 +170,6 @@ def draw(config: Config, metrics: dict[str, list[float]], path: pathlib.Path) ->
   train.figures.save(figure, path)
 
 
-def report(result: dict[str, Any]) -> None:
-  """The table."""
-  table = rich.table.Table("metric", "mean", "std. deviation", "published", title=result["dataset"])
-  for key, metric in result["metrics"].items():
-    numbers = (metric["mean"], metric["std"], result["published"].get(key, {}).get("value"))
-    table.add_row(key, *("" if number is None else f"{number:.4f}" for number in numbers))
-  rich.print(table)
-
-
 def main(config: Config) -> None:
   """Runs the experiment, or shows a finished one."""
   for name in ("seeds", "dim", "augmentation_step"):
@@ -197,7 +187,7 @@ def main(config: Config) -> None:
   )
   record = settings(dataclasses.asdict(config))
   if result := finished_result(folder, record):
-    return report(result)
+    return print_metrics(result)
   start = time.perf_counter()
   edges, labels = load(config)
   seeds = list(range(config.seed, config.seed + config.seeds))
@@ -218,7 +208,7 @@ def main(config: Config) -> None:
     for p in config.parts
     if config.preset == "paper"
   }
-  path = train.write_result(
+  train.report(
     folder,
     system="graphvite",
     claim=claim + ".",
@@ -229,8 +219,6 @@ def main(config: Config) -> None:
     seed=seeds,
     wall_time=time.perf_counter() - start,
   )
-  report(json.loads(path.read_text()))
-  rich.print(f"Everything is in {folder}.")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ neighbour.
 
 import dataclasses
 import importlib.util
-import json
 import pathlib
 import time
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from sklearn.datasets import load_digits
 from jaxlab import train
 from jaxlab.data import mnist5k
 from jaxlab.graph.search import hnsw
-from jaxlab.train.result import finished_result, settings
+from jaxlab.train.result import finished_result, print_metrics, settings
 
 K = 10
 QUERIES = 1000
@@ -216,14 +215,6 @@ def growth(config: Config, path: pathlib.Path) -> tuple[dict[str, Any], str]:
   return metrics, f"16 times the points take {counts[-1] / counts[0]:.2f} times the distances."
 
 
-def report(result: dict[str, Any]) -> None:
-  """The table."""
-  table = rich.table.Table("metric", "value", title=result["dataset"])
-  for key, metric in result["metrics"].items():
-    table.add_row(key, f"{metric['mean']:.4g}")
-  rich.print(table)
-
-
 def main(config: Config) -> None:
   """Runs the experiment, or shows a finished one."""
   if config.preset == "paper":
@@ -233,12 +224,12 @@ def main(config: Config) -> None:
   folder = config.workdir / ("growth" if config.growth else f"{config.dataset}-{config.preset}")
   record = settings(dataclasses.asdict(config))
   if result := finished_result(folder, record):
-    return report(result)
+    return print_metrics(result)
   start = time.perf_counter()
   metrics, claim = (growth if config.growth else compare)(config, folder / "figure.png")
   synthetic = f"{config.dataset}, {config.points} x {config.dim}"
   dataset = {"mnist5k": "MNIST (5k subset)", "digits": "digits"}.get(config.dataset, synthetic)
-  path = train.write_result(
+  train.report(
     folder,
     system="hnsw",
     claim=claim,
@@ -249,8 +240,6 @@ def main(config: Config) -> None:
     seed=[config.seed],
     wall_time=time.perf_counter() - start,
   )
-  report(json.loads(path.read_text()))
-  rich.print(f"Everything is in {folder}.")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ GCN and LA-GCN were tuned on the same grid by validation accuracy (`--tune`, res
 
 import dataclasses
 import itertools
-import json
 import pathlib
 import time
 from typing import Any, Literal, NamedTuple
@@ -275,7 +274,12 @@ def main(config: Config) -> None:
     best[name] = run(method, config, shared, config.seeds, jax.random.key(0), folder / name.replace(" ", "_"))
     rich.print(f"{100 * best[name].test.mean():.2f} %, best epoch {best[name].epoch.mean():.0f} of {config.epochs}")
   published = PUBLISHED.get(config.dataset, {})
-  path = train.write_result(
+
+  def show(result: dict[str, Any]) -> None:
+    draw(config, result, folder)
+    report(result)
+
+  train.report(
     folder,
     system="local_augmentation",
     claim="Accuracy of LA-GCN beside a GCN of as many parameters, and without its parts.",
@@ -285,11 +289,8 @@ def main(config: Config) -> None:
     published={name: {"value": published[name], "source": "unverified"} for name in published if name in best},
     seed=list(range(config.seeds)),
     wall_time=time.perf_counter() - start,
+    show=show,
   )
-  result = json.loads(path.read_text())
-  draw(config, result, folder)
-  report(result)
-  rich.print(f"Everything is in {folder}.")
 
 
 if __name__ == "__main__":

@@ -419,7 +419,7 @@ def main(config: Config) -> None:
     metrics["layers where LIB needs fewer edges than PCA (%)"] = [100 * f for f in fewer]
   data = {"modular_addition": f"addition mod {config.modulus}, {config.weights} weights", "blocks": "two random blocks"}
   names = {"digits": "digits", "mnist5k": "MNIST (5k subset)"}
-  path = train.write_result(
+  train.report(
     folder,
     system="local_interaction_basis",
     claim="How many features and edges keep the accuracy, by LIB and by PCA; edges between modules that never meet.",
@@ -430,8 +430,6 @@ def main(config: Config) -> None:
     seed=list(range(config.seeds)),
     wall_time=time.perf_counter() - start,
   )
-  print_metrics(json.loads(path.read_text()))
-  rich.print(f"Everything is in {folder}.")
 
 
 if __name__ == "__main__":

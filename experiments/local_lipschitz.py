@@ -391,7 +391,7 @@ def main(config: Config) -> None:
     return print_metrics(result)
   start = time.perf_counter()
   metrics = measure(config, folder)
-  path = train.write_result(
+  train.report(
     folder,
     system="local_lipschitz",
     claim="Sound, and between RecurJac and what random points reach; branch and bound closes part of the gap.",
@@ -404,8 +404,6 @@ def main(config: Config) -> None:
     seed=list(range(config.seeds)),
     wall_time=time.perf_counter() - start,
   )
-  print_metrics(json.loads(path.read_text()))
-  rich.print(f"Everything is in {folder}.")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ several facts change at once, and the memory and time of an edit against the siz
 
 import dataclasses
 import functools
-import json
 import pathlib
 import sys
 import time
@@ -423,7 +422,9 @@ def main(config: Config) -> None:
   metrics[f"time of {config.tune_steps} steps of fine-tuning over that of an edit, largest model"] = (
     cost["fine-tuning time"][-1] / cost["edit time"][-1]
   )
-  path = train.write_result(
+  for run, seed in zip(runs, range(config.seeds), strict=True):
+    rich.print(f"seed {seed}: rate and steps: " + ", ".join(f"{m} {run[f'{m} choice']}" for m in METHODS))
+  train.report(
     folder,
     system="mend",
     claim="Success of MEND's edits in unseen wordings of unseen countries' facts, beside fine-tuning at its drawdown.",
@@ -434,10 +435,6 @@ def main(config: Config) -> None:
     seed=list(range(config.seeds)),
     wall_time=time.perf_counter() - start,
   )
-  for run, seed in zip(runs, range(config.seeds), strict=True):
-    rich.print(f"seed {seed}: rate and steps: " + ", ".join(f"{m} {run[f'{m} choice']}" for m in METHODS))
-  print_metrics(json.loads(path.read_text()))
-  rich.print(f"Everything is in {folder}.")
 
 
 def _setting(config: Config, part: str) -> dict[str, Any]:

@@ -13,7 +13,6 @@ communities, each followed by its fans; the protocol is the same on a sample of 
 """
 
 import dataclasses
-import json
 import pathlib
 import time
 from collections.abc import Iterator
@@ -266,7 +265,7 @@ def main(config: Config) -> None:
   start = time.perf_counter()
   run = scale if config.scaling else {"email": email, "fans": fans}[config.dataset]
   metrics, claim = run(config, folder / "figure.png")
-  path = train.write_result(
+  train.report(
     folder,
     system="minhash_communities",
     claim=claim,
@@ -277,8 +276,6 @@ def main(config: Config) -> None:
     seed=list(OFFICIAL_SEEDS) if run is email else [0],
     wall_time=time.perf_counter() - start,
   )
-  print_metrics(json.loads(path.read_text()))
-  rich.print(f"Everything is in {folder}.")
 
 
 if __name__ == "__main__":

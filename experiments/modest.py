@@ -11,7 +11,6 @@ random; one-peer D-SGD lets all nodes train and send to one other in each round,
 """
 
 import dataclasses
-import json
 import pathlib
 import time
 from typing import Any, Literal
@@ -26,7 +25,7 @@ import tyro
 from jaxlab import memory, train
 from jaxlab.data import digits, mnist5k
 from jaxlab.decentral import gossip, modest, partition, simulator, single_merging
-from jaxlab.train.result import finished_result, settings
+from jaxlab.train.result import finished_result, print_metrics, settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,15 +136,6 @@ def draw(config: Config, curves: dict[str, list[Any]], traces: list[modest.Trace
   train.figures.save(figure, folder / "figure.png")
 
 
-def report(result: dict[str, Any]) -> None:
-  """The table."""
-  table = rich.table.Table("quantity", "mean", "std. deviation", title=result["dataset"])
-  for name, metric in result["metrics"].items():
-    mean = "not reached" if metric["mean"] is None else f"{metric['mean']:.2f}"
-    table.add_row(name, mean, f"{metric['std'] or 0:.2f}")
-  rich.print(table)
-
-
 def main(config: Config) -> None:
   """Trains what is not trained yet, then draws and reports."""
   memory.keep()
@@ -157,7 +147,7 @@ def main(config: Config) -> None:
   folder = config.workdir / kind
   record, start = settings(config), time.perf_counter()
   if result := finished_result(folder, record):
-    return report(result)
+    return print_metrics(result)
 
   splits = (mnist5k if config.dataset == "mnist_5k" else digits).images()
   network = single_merging.MLP(10, hidden=(config.hidden,), dropout=0.0, batch_norm=False)
@@ -208,7 +198,7 @@ def main(config: Config) -> None:
     sum(t.failed[config.crash_at - 1 : config.crash_at + 4]) for t in crashed
   ]
   metrics["pings without answer, Delta_k rounds after the crash and later"] = [sum(t.failed[after:]) for t in crashed]
-  path = train.write_result(
+  train.report(
     folder,
     system="modest",
     claim="Rounds and models to an accuracy beside FedAvg and one-peer D-SGD, and rounds that go on after a crash.",
@@ -219,8 +209,6 @@ def main(config: Config) -> None:
     seed=list(range(config.seeds)),
     wall_time=time.perf_counter() - start,
   )
-  report(json.loads(path.read_text()))
-  rich.print(f"Everything is in {folder}.")
 
 
 if __name__ == "__main__":

@@ -10,14 +10,12 @@ that suits backpropagation.
 """
 
 import dataclasses
-import json
 import pathlib
 import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-import rich
 import tyro
 
 from jaxlab import checks, memory, train
@@ -135,7 +133,7 @@ def main(config: Config) -> None:
   metrics = comparison.measure(learners, task, config, folder, kept)
   draw(metrics, config, folder)
   published = PUBLISHED if config.preset == "paper" else {}
-  path = train.write_result(
+  train.report(
     folder,
     system="momentum_auxiliary",
     claim="Test error (%) of MAN beside its blocks alone, InfoPro's heads, which have neither, and backpropagation.",
@@ -146,8 +144,6 @@ def main(config: Config) -> None:
     seed=list(range(config.seeds)),
     wall_time=time.perf_counter() - start,
   )
-  print_metrics(json.loads(path.read_text()))
-  rich.print(f"Everything is in {folder}.")
 
 
 if __name__ == "__main__":

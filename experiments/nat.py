@@ -18,7 +18,6 @@ without regard to direction. NAT's learning rate was picked on validation as wel
 
 import dataclasses
 import functools
-import json
 import pathlib
 import time
 from collections.abc import Callable
@@ -37,7 +36,7 @@ from jaxlab import memory, train
 from jaxlab.data import temporal
 from jaxlab.data.temporal import Batches, EventStream, Split
 from jaxlab.graph.links import nat
-from jaxlab.train.result import finished_result, settings
+from jaxlab.train.result import finished_result, print_metrics, settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,14 +249,9 @@ def by_novelty(scores: np.ndarray, met: np.ndarray, asked: Batches) -> list[floa
 
 
 def report(result: dict[str, Any]) -> None:
-  """The table."""
-  title = f"{result['dataset']}: test (%), {result['config']['seeds']} seeds"
-  table = rich.table.Table("metric", "mean", "std. deviation", "published", title=title)
-  for name, metric in result["metrics"].items():
-    published = result["published"].get(name, {}).get("value", "")
-    table.add_row(name, f"{metric['mean']:.2f}", f"{metric['std'] or 0:.2f}", str(published))
-  rich.print(table)
-  rich.print("Without further words a number is the average precision pooled over the test.")
+  """The table, and what its numbers are."""
+  print_metrics(result)
+  rich.print("In percent; without further words a number is the average precision pooled over the test.")
 
 
 def main(config: Config) -> None:
@@ -305,7 +299,7 @@ def main(config: Config) -> None:
   folder.mkdir(parents=True, exist_ok=True)
   mean_ways = {name: list(np.nanmean(values, axis=0)) for name, values in ways.items()}
   draw({name: np.stack(values) for name, values in curves.items()}, mean_ways, folder)
-  path = train.write_result(
+  train.report(
     folder,
     system="nat",
     claim="Average precision of the next event against a random receiver, beside EdgeBank.",
@@ -315,9 +309,8 @@ def main(config: Config) -> None:
     published={},
     seed=list(range(config.seeds)),
     wall_time=time.perf_counter() - start,
+    show=report,
   )
-  report(json.loads(path.read_text()))
-  rich.print(f"Everything is in {folder}.")
 
 
 if __name__ == "__main__":

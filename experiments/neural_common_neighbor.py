@@ -262,7 +262,7 @@ def main(config: Config) -> None:
   folder.mkdir(parents=True, exist_ok=True)
   draw(curves, counts, config, folder)
   published = PUBLISHED.get(config.dataset, {})
-  path = train.write_result(
+  train.report(
     folder,
     system="neural_common_neighbor",
     claim="Test Hits@100 of NCN and NCNC beside a graph auto-encoder of the same budget and beside neighbour counts.",
@@ -280,9 +280,8 @@ def main(config: Config) -> None:
     },
     seed=list(range(config.seeds)),
     wall_time=time.perf_counter() - start,
+    show=report,
   )
-  report(json.loads(path.read_text()))
-  rich.print(f"Everything is in {folder}.")
 
 
 if __name__ == "__main__":

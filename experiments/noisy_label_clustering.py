@@ -14,7 +14,6 @@ weighted graph.
 """
 
 import dataclasses
-import json
 import pathlib
 import time
 from typing import Any, Literal
@@ -190,7 +189,7 @@ def main(config: Config) -> None:
   start = time.perf_counter()
   figure = folder / "figure.png"
   metrics, claim = scale(figure) if config.scaling else compare(config, figure)
-  path = train.write_result(
+  train.report(
     folder,
     system="noisy_label_clustering",
     claim=claim,
@@ -201,8 +200,6 @@ def main(config: Config) -> None:
     seed=[0] if config.scaling else list(range(config.seeds)),
     wall_time=time.perf_counter() - start,
   )
-  print_metrics(json.loads(path.read_text()))
-  rich.print(f"Everything is in {folder}.")
 
 
 if __name__ == "__main__":

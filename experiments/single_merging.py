@@ -12,7 +12,6 @@ different starts, models that never communicate cannot be merged at all.
 """
 
 import dataclasses
-import json
 import pathlib
 import time
 from typing import Any, Literal
@@ -28,7 +27,7 @@ from jaxlab import memory, train
 from jaxlab.data import digits, images, mnist5k
 from jaxlab.decentral import simulator
 from jaxlab.decentral import single_merging as sm
-from jaxlab.train.result import finished_result, settings
+from jaxlab.train.result import finished_result, print_metrics, settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,14 +155,6 @@ def draw(config: Config, curves: dict[str, dict[str, np.ndarray]], folder: pathl
   train.figures.save(figure, folder / "figure.png")
 
 
-def report(result: dict[str, Any]) -> None:
-  """The table."""
-  table = rich.table.Table("quantity", "mean", "std. deviation", title=result["dataset"])
-  for name, metric in result["metrics"].items():
-    table.add_row(name, f"{metric['mean']:.2f}", f"{metric['std'] or 0:.2f}")
-  rich.print(table)
-
-
 def main(config: Config) -> None:
   """Trains what is not trained yet, then draws and reports."""
   memory.keep()
@@ -178,7 +169,7 @@ def main(config: Config) -> None:
   )
   record, start = settings(config), time.perf_counter()
   if result := finished_result(folder, record):
-    return report(result)
+    return print_metrics(result)
   curves = {}
   for name in arms(config):
     began = time.perf_counter()
@@ -197,7 +188,7 @@ def main(config: Config) -> None:
     metrics["late minus early window (points)"] = metrics["late window: final (%)"] - metrics["early window: final (%)"]
   for name, found in curves.items():
     metrics[f"{name}: models received a client"] = found["sent"] / config.clients
-  path = train.write_result(
+  train.report(
     folder,
     system="single_merging",
     claim="Sparse gossip with one global average at its end against its controls, at stated budgets.",
@@ -208,8 +199,6 @@ def main(config: Config) -> None:
     seed=list(range(config.seeds)),
     wall_time=time.perf_counter() - start,
   )
-  report(json.loads(path.read_text()))
-  rich.print(f"Everything is in {folder}.")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ validation AUC on the first two splits; reported is the test AUC at the epoch of
 
 import dataclasses
 import functools
-import json
 import pathlib
 import time
 from collections.abc import Callable
@@ -38,7 +37,7 @@ from jaxlab import memory, train
 from jaxlab.data import heterophilous, synthetic
 from jaxlab.graph import layers, pairwise, sparse, structure
 from jaxlab.graph.nets import sir_gcn
-from jaxlab.train.result import finished_result, settings
+from jaxlab.train.result import finished_result, print_metrics, settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -507,9 +506,9 @@ def run_minesweeper(config: Config, folder: pathlib.Path) -> tuple[dict[str, Any
 # ------------------------------------------------------------------------------------------------------------- report
 
 MEASURE = {
-  "dictionary": ("test accuracy (%)", "{:.2f}"),
-  "edge_count": ("test mean squared error", "{:.4g}"),
-  "minesweeper": ("test AUC (%)", "{:.2f}"),
+  "dictionary": "test accuracy (%)",
+  "edge_count": "test mean squared error",
+  "minesweeper": "test AUC (%)",
 }
 CLAIM = {
   "dictionary": "One convolution whose messages see both ends looks up every key; GCN and GraphSAGE cannot beat 1 / n.",
@@ -521,26 +520,13 @@ CLAIM = {
 def draw(config: Config, curves: dict[str, Any], folder: pathlib.Path) -> None:
   """The measure against epochs."""
   figure, ((axes,),) = train.figures.subplots(1, 1, width=5.5)
-  label = MEASURE[config.task][0]
+  label = MEASURE[config.task]
   train.figures.curves(axes, curves, xlabel="epoch", ylabel=label, title=f"{config.task}: {label}")
   if config.task != "minesweeper":
     axes.set_xscale("log")  # what solves a task does so within the first epochs
   if config.task == "edge_count":
     axes.set_yscale("log")
   train.figures.save(figure, folder / "figure.png")
-
-
-def report(result: dict[str, Any]) -> None:
-  """The table."""
-  label, form = MEASURE[result["config"]["task"]]
-  table = rich.table.Table(
-    "method", "mean", "std. deviation", "runs", "published", title=f"{result['dataset']}: {label}"
-  )
-  for name, metric in result["metrics"].items():
-    published = result["published"].get(name, {}).get("value")
-    row = (form.format(v) for v in (metric["mean"], metric["std"] or 0.0))
-    table.add_row(name, *row, str(metric["n"]), "" if published is None else str(published))
-  rich.print(table)
 
 
 def completed(config: Config) -> Config:
@@ -572,7 +558,7 @@ def main(config: Config) -> None:
   folder = config.workdir / f"{name}-{config.seeds}runs-{config.epochs}epochs"
   record, start = settings(config), time.perf_counter()
   if result := finished_result(folder, record):
-    return report(result)
+    return print_metrics(result)
   metrics, curves = (run_minesweeper if config.task == "minesweeper" else run_synthetic)(config, folder)
   draw(config, curves, folder)
   if config.task == "minesweeper":
@@ -583,12 +569,17 @@ def main(config: Config) -> None:
     table = PUBLISHED_DICTIONARY if config.task == "dictionary" else PUBLISHED_COUNT
     known = table.get(config.size, {})
     published = {m: {"value": known[m], "source": "official README, ten runs"} for m in metrics if m in known}
-  path = train.write_result(
-    folder, system="sir_gcn", claim=CLAIM[config.task], dataset=DATASET[config.task].format(config), config=record,
-    metrics=metrics, published=published, seed=list(range(config.seeds)), wall_time=time.perf_counter() - start,
-  )  # fmt: skip
-  report(json.loads(path.read_text()))
-  rich.print(f"Everything is in {folder}.")
+  train.report(
+    folder,
+    system="sir_gcn",
+    claim=CLAIM[config.task],
+    dataset=DATASET[config.task].format(config),
+    config=record,
+    metrics=metrics,
+    published=published,
+    seed=list(range(config.seeds)),
+    wall_time=time.perf_counter() - start,
+  )
 
 
 DATASET = {

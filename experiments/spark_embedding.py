@@ -19,7 +19,6 @@ The paper's graphs (billions of edges, two games) are not public, so neither its
 import contextlib
 import dataclasses
 import functools
-import json
 import pathlib
 import threading
 import time
@@ -378,7 +377,7 @@ def main(config: Config) -> None:
   if found is None:
     return None
   metrics, claim = found
-  path = train.write_result(
+  train.report(
     folder,
     system="spark_embedding",
     claim=claim,
@@ -389,8 +388,6 @@ def main(config: Config) -> None:
     seed=[0] if config.scaling else list(range(config.seeds)),
     wall_time=time.perf_counter() - start,
   )
-  print_metrics(json.loads(path.read_text()))
-  rich.print(f"Everything is in {folder}.")
 
 
 if __name__ == "__main__":

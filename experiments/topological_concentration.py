@@ -15,7 +15,6 @@ graph says about them: Spearman's correlation with TC, ATC and degree.
 """
 
 import dataclasses
-import json
 import pathlib
 import time
 from collections.abc import Callable
@@ -423,7 +422,7 @@ def main(config: Config) -> None:
   else:
     metrics, claim, published = compare(config, folder)
     what = f"{config.dataset}, 70/10/20 splits, {config.conv}"
-  path = train.write_result(
+  train.report(
     folder,
     system="topological_concentration",
     claim=claim,
@@ -433,9 +432,8 @@ def main(config: Config) -> None:
     published=published,
     seed=[0] if config.scaling else list(range(config.seeds)),
     wall_time=time.perf_counter() - start,
+    show=report,
   )
-  report(json.loads(path.read_text()))
-  rich.print(f"Everything is in {folder}.")
 
 
 if __name__ == "__main__":

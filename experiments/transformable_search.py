@@ -15,7 +15,6 @@ CIFAR-10 is read from TFDS_DATA_DIR, as much of it as there is.
 
 import dataclasses
 import functools
-import json
 import pathlib
 import time
 from collections.abc import Sequence
@@ -301,7 +300,7 @@ def main(config: Config) -> None:
     average = lambda seed, name: float(np.mean([row["error"] for row in seed["networks"][name]]))
     metrics[f"error saved over {other}"] = [average(seed, other) - average(seed, mine) for seed in seeds]
   draw(seeds, config, folder)
-  path = train.write_result(
+  train.report(
     folder,
     system="transformable_search",
     claim="Test error (%) of the network found, with a teacher (KD) or without, beside networks of equal cost.",
@@ -312,8 +311,6 @@ def main(config: Config) -> None:
     seed=list(range(config.seeds)),
     wall_time=time.perf_counter() - start,
   )
-  print_metrics(json.loads(path.read_text()))
-  rich.print(f"Everything is in {folder}.")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from jaxlab.train.learner import (
 from jaxlab.train.loop import fit
 from jaxlab.train.metrics import read_metrics
 from jaxlab.train.parallel import data_parallel, distributed, mesh, pmap_step, replicate, shard_batch, split_batch
-from jaxlab.train.result import write_result
+from jaxlab.train.result import report, write_result
 
 __all__ = [
   "Batch",
@@ -45,6 +45,7 @@ __all__ = [
   "shard_batch",
   "split_batch",
   "supervised",
+  "report",
   "write_result",
 ]
 

@@ -125,11 +125,29 @@ def once(path: str | os.PathLike, make: Callable[[], Any], config: Any = None) -
 
 
 def print_metrics(result: Mapping[str, Any]) -> None:
-  """A table of a result's metrics: mean and standard deviation, four digits each."""
-  table = rich.table.Table("metric", "mean", "std. deviation", title=result["dataset"])
+  """A table of a result's metrics: mean and standard deviation, four digits each, and what was published, if any."""
+  published = result["published"]
+  table = rich.table.Table("metric", "mean", "std. deviation", "runs", title=result["dataset"])
+  if published:
+    table.add_column("published")
   for name, metric in result["metrics"].items():
-    table.add_row(name, *("" if number is None else f"{number:.4g}" for number in (metric["mean"], metric["std"])))
+    numbers = metric["mean"], metric["std"], metric["n"], published.get(name, {}).get("value")
+    table.add_row(name, *("" if number is None else f"{number:.4g}" for number in numbers[: len(table.columns) - 1]))
   rich.print(table)
+
+
+def report(
+  workdir: str | os.PathLike, *, show: Callable[[dict[str, Any]], None] = print_metrics, **fields: Any
+) -> None:
+  """The end of an experiment: writes the result, shows it and says where all is.
+
+  Args:
+    workdir: folder of the run.
+    show: prints a result.
+    **fields: the other arguments of `write_result`.
+  """
+  show(json.loads(write_result(workdir, **fields).read_text()))
+  rich.print(f"Everything is in {workdir}.")
 
 
 def settings(config: Any) -> dict[str, Any]:

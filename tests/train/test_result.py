@@ -56,6 +56,18 @@ def test_result_holds_everything(tmp_path):
   assert result["wall_time"] == 12.346
 
 
+def test_report_writes_and_shows(tmp_path, capsys):
+  fields = {"system": "dagnn", "claim": "as it is", "dataset": "digits", "config": {}, "seed": [0, 1], "wall_time": 1.0}
+  train.report(tmp_path, metrics={"hits": [0.5, 0.75], "loss": float("nan")}, published={"hits": 0.875}, **fields)
+  shown = capsys.readouterr().out
+  assert all(word in shown for word in ("digits", "0.625", "0.1768", "2", "published", "0.875", str(tmp_path)[:20]))
+  seen = []
+  train.report(tmp_path, metrics={"hits": 1}, published={}, show=seen.append, **fields)
+  assert seen == [json.loads((tmp_path / "result.json").read_text())]
+  result_module.print_metrics(seen[0])
+  assert "published" not in capsys.readouterr().out
+
+
 def test_a_finished_result_is_found_by_its_settings(tmp_path, capsys):
   assert result_module.finished_result(tmp_path, Config()) is None
   path = write(tmp_path)
