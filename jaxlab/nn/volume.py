@@ -221,7 +221,7 @@ def _correlate(x, g, strides, before, window):
   result = jax.ShapeDtypeStruct((int(plan[-1]), *window[:2], window[2] * inputs, channels), jnp.float32)
   host = _volume.correlate(_volume.tile_for(window[2] * inputs, vectors), vectors, lanes, pairs)
   (sums,) = kernels.call(host, [result], x, g, jnp.asarray(plan), items=items)
-  return sums.sum(0)[..., :out].reshape(*window, inputs, out)
+  return kernels.added(sums)[..., :out].reshape(*window, inputs, out)
 
 
 def _correlate_forward(x, g, strides, before, window):
