@@ -1,7 +1,8 @@
 """Resizing of images and volumes, to the digit as PyTorch does it: `jax.image.resize` has other borders and cubics.
 
 Every kind is linear and separable, y = M_1 x along one axis after the other, so a kind is a function that makes M. Rows
-of M have few entries, so a pixel is the weighted sum of a few others, and its gradient is one by the rows of M^T.
+of M have few entries, so on CPU a pixel is the weighted sum of a few others, and its gradient is one by the rows of
+M^T; there is no forward-mode derivative then. GPU and TPU multiply by M.
 """
 
 import functools
@@ -70,17 +71,19 @@ def _apply(x: Array, size: Sequence[int], make: Callable[[int, int], np.ndarray]
 
 
 def _along(matrix: np.ndarray, y: Array, axis: int) -> Array:
-  """The matrix times an axis of y. Its gradient is written out, as XLA makes that of a choice of rows a scatter."""
+  """The matrix times an axis of y."""
+  if jax.default_backend() != "cpu" or np.count_nonzero(matrix, 1).max() > _FEW:
+    wide = jnp.asarray(matrix, jnp.float32)
+    return jnp.moveaxis(jnp.tensordot(wide, y, (1, axis), precision=jax.lax.Precision.HIGHEST), 0, axis)
+  # The gradient is written out, as XLA makes that of a choice of rows a scatter.
   times = jax.custom_vjp(lambda y: _sums(matrix, y, axis))
   times.defvjp(lambda y: (times(y), None), lambda _, g: (_along(matrix.T, g, axis),))
   return times(y)
 
 
 def _sums(matrix: np.ndarray, y: Array, axis: int) -> Array:
+  """The same, entry by entry of the rows."""
   entries = np.count_nonzero(matrix, 1).max()
-  if entries > _FEW:
-    wide = jnp.asarray(matrix, jnp.float32)
-    return jnp.moveaxis(jnp.tensordot(wide, y, (1, axis), precision=jax.lax.Precision.HIGHEST), 0, axis)
   places = np.argsort(matrix == 0, 1, kind="stable")[:, :entries]  # rows of fewer entries read others at weight 0
   weights = np.take_along_axis(matrix, places, 1).astype(np.float32)
   shape = [-1 if a == axis else 1 for a in range(y.ndim)]
