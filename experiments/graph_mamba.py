@@ -482,7 +482,7 @@ def main(config: Config) -> None:
     folder,
     system="graph_mamba",
     claim={
-      "ring": "A colour is carried across a whole ring, by both directions together; cost is linear in tokens.",
+      "ring": "How far a colour is carried along a ring, by both directions or by one, and the cost against tokens.",
       "minesweeper": "ROC AUC of GMN and its ablations beside a GCN with residuals of the same width.",
     }.get(config.dataset, "Accuracy of GMN, with tokens and without, beside a GCN with residuals of the same width."),
     dataset=f"{config.dataset}, width {config.features}",

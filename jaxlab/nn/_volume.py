@@ -199,19 +199,24 @@ def convolve(tile: int, vectors: int, lanes: int, pairs: bool) -> kernels.Kernel
     stretches, length = (1, run) if 4 * run == size * kw * step else (kw, run // kw)
     high_together = kh if run <= _PIECE else 1
     deep_together = kd if kh * run <= _PIECE else 1
-    sums = np.empty(depth * height * tiled * wide, np.float32)
+    # Rows are done one by one if their windows are summed without a stop, so that sums stay in the nearest cache; else
+    # together, so that a piece of the filters does.
+    lines = depth * height
+    together = 1 if kd == deep_together and kh == high_together and stretches == 1 and run <= _PIECE else lines
+    sums = np.empty(together * tiled * wide, np.float32)
     for chunk in range(chunks * group // groups, chunks * (group + 1) // groups):
-      for p in range(len(sums)):
-        sums[p] = 0
-      for a in range(0, kd, deep_together):
-        for b in range(0, kh, high_together):
-          for s in range(stretches):
-            for r in range(0, length, _PIECE):
-              piece = min(_PIECE, length - r)
-              weights = w.ctypes.data + 4 * wide * (((chunk * kd + a) * kh + b) * run + s * length + r)
-              target = sums.ctypes.data
-              for i in range(depth):
-                for j in range(height):
+      for first in range(0, lines, together):
+        for p in range(len(sums)):
+          sums[p] = 0
+        for a in range(0, kd, deep_together):
+          for b in range(0, kh, high_together):
+            for s in range(stretches):
+              for r in range(0, length, _PIECE):
+                piece = min(_PIECE, length - r)
+                weights = w.ctypes.data + 4 * wide * (((chunk * kd + a) * kh + b) * run + s * length + r)
+                target = sums.ctypes.data
+                for line in range(first, first + together):
+                  i, j = line // height, line % height
                   place = corner + plane * (i * sd + a) + row * (j * sh + b) + s * step
                   source = numbers.ctypes.data + size * place + 4 * r
                   for _ in range(0, width, tile):
@@ -222,13 +227,10 @@ def convolve(tile: int, vectors: int, lanes: int, pairs: bool) -> kernels.Kernel
                     )  # fmt: skip
                     source += size * tile * sw * step
                     target += 4 * tile * wide
-      first = chunk * wide
-      for i in range(depth):
-        for j in range(height):
-          place = (i * height + j) * tiled * wide
+        for line in range(together):
+          i, j, place = (first + line) // height, (first + line) % height, line * tiled * wide
           for k in range(width):
-            target = y[n, d0 + i, h0 + j, k, first : first + wide]
-            write(sums[place : place + wide], target)
+            write(sums[place : place + wide], y[n, d0 + i, h0 + j, k, chunk * wide : (chunk + 1) * wide])
             place += wide
 
   return kernel
