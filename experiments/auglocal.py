@@ -6,16 +6,22 @@
 
 CIFAR-10 is read from TFDS_DATA_DIR, by default as much of it as there is; all methods see the same batches. The rate is
 the one that suits backpropagation. The figure sets the error on test images against the depth of the heads (0 is a
-dense layer on the mean of pixels), and against what heads cost: multiplications in all forward passes of a step.
+dense layer on the mean of pixels), and against what heads cost: multiplications in all forward passes of a step. It
+also shows what linear classifiers of training images read from the mean of pixels of each unit: modules with short
+sight should make early units the better ones to read, and late units the worse.
 """
 
 import dataclasses
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import jax
 import numpy as np
+import sklearn.linear_model
+import sklearn.pipeline
+import sklearn.preprocessing
 import tyro
 
 from jaxlab import memory, train
@@ -102,9 +108,43 @@ def macs(model: auglocal.AugLocal, size: int) -> tuple[int, int]:
   return total + width * model.num_classes, heads
 
 
-def draw(metrics: dict[str, Any], config: Config, folder: pathlib.Path) -> None:
-  """Error against depth of heads and against cost."""
-  figure, axes = figures.subplots(1, 3, width=4)
+def unit_means(model: auglocal.AugLocal, images: Any) -> list[Any]:
+  """Of all pixels, after each unit [B, C]."""
+  means, h = [], images
+  for unit in model.units:
+    h = unit(h, train=False)
+    means.append(cifar.average_pool(h))
+  return means
+
+
+def probe(model: auglocal.AugLocal, task: comparison.Task) -> Callable[[Any], list[float]]:
+  """A function of a trained state: test accuracy (%) of a linear classifier of each unit's means.
+
+  Classifiers see as many training images as there are test images, without augmentation.
+  """
+  means = jax.jit(lambda variables, images: model.apply(variables, images, method=unit_means))
+
+  def all_means(state: Any, batches: list[train.Batch]) -> tuple[list[np.ndarray], np.ndarray]:
+    variables = {"params": state.params, "batch_stats": state.collections["batch_stats"]}
+    found = [means(variables, batch["image"]) for batch in batches]
+    return [np.concatenate(unit) for unit in zip(*found, strict=True)], np.concatenate([b["label"] for b in batches])
+
+  def measure(state: Any) -> list[float]:
+    (known, labels), (unknown, truth) = all_means(state, task.plain()), all_means(state, task.test)
+    scores = []
+    for x, y in zip(known, unknown, strict=True):
+      classifier = sklearn.pipeline.make_pipeline(
+        sklearn.preprocessing.StandardScaler(), sklearn.linear_model.LogisticRegression(max_iter=1000)
+      )
+      scores.append(100 * classifier.fit(x, labels).score(y, truth))
+    return scores
+
+  return measure
+
+
+def draw(metrics: dict[str, Any], probes: dict[str, list[list[float]]], config: Config, folder: pathlib.Path) -> None:
+  """Error against depth of heads and against cost, and what can be read from units."""
+  figure, axes = figures.subplots(1, 4, width=4)
   baseline = np.asarray(metrics["error, backpropagation"])
   errors = [np.asarray(metrics[f"error, {label(d)}"]) for d in config.depths]
   places = {
@@ -112,7 +152,7 @@ def draw(metrics: dict[str, Any], config: Config, folder: pathlib.Path) -> None:
     "multiplications over backpropagation's": [metrics[f"multiplications, {label(d)}"] for d in config.depths],
     "scratch memory over backpropagation's": [metrics[f"step memory, {label(d)}"] for d in config.depths],
   }
-  for panel, (name, x) in zip(axes[0], places.items(), strict=True):
+  for panel, (name, x) in zip(axes[0, :3], places.items(), strict=True):
     spread = [e.std(ddof=1) if e.size > 1 else 0.0 for e in errors]
     panel.errorbar(x, [e.mean() for e in errors], spread, fmt="o-", capsize=3, label="local learning")
     panel.axhline(baseline.mean(), color="k", linestyle="--", label="backpropagation")
@@ -125,6 +165,9 @@ def draw(metrics: dict[str, Any], config: Config, folder: pathlib.Path) -> None:
     panel.margins(x=0.25)
   axes[0, 0].set_xticks(config.depths)
   axes[0, 0].legend()
+  units = np.arange(len(next(iter(probes.values()))[0]))
+  curves = {name: (units, np.array(runs).T) for name, runs in probes.items()}
+  figures.curves(axes[0, 3], curves, xlabel="unit", ylabel="accuracy of a linear classifier (%)")
   figures.save(figure, folder / "figure.png")
 
 
@@ -143,10 +186,17 @@ def main(config: Config) -> None:
   tx = config.optimizer(task.steps_per_epoch)
   learners = {name: auglocal.learner(model, tx) for name, model in models.items()}
   kept = {k: v for k, v in record.items() if k not in ("depths", "seeds", "workdir")}
-  metrics = comparison.measure(learners, task, config, folder, kept)
+  probes: dict[str, list[list[float]]] = {name: [] for name in models}
+
+  def also(name: str, state: Any) -> dict[str, float]:
+    scores = probe(models[name], task)(state)
+    probes[name].append(scores)
+    return {"probe of the second unit": scores[1], "probe of the last unit": scores[-1]}
+
+  metrics = comparison.measure(learners, task, config, folder, kept, also)
   base, _ = macs(models["backpropagation"], config.size)
   metrics |= {f"multiplications, {name}": sum(macs(model, config.size)) / base for name, model in models.items()}
-  draw(metrics, config, folder)
+  draw(metrics, probes, config, folder)
   published = config.preset == "paper"
   train.report(
     folder,

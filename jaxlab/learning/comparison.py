@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import grain
@@ -11,7 +11,6 @@ import jax
 import numpy as np
 import optax
 import rich
-from jaxtyping import Float
 
 from jaxlab import checks, train
 from jaxlab.data import images
@@ -85,6 +84,12 @@ class Task(NamedTuple):
     augment = images.crop_and_flip
     return images.batches(self.pixels, self.batch_size, seed=seed, augment=augment, size=self.size, **_NORMALISATION)
 
+  def plain(self) -> list[train.Batch]:
+    """Host. Training images as they are, as many as there are test images."""
+    count = sum(len(batch["label"]) for batch in self.test)
+    part = images.Images(image=self.pixels["image"][:count], label=self.pixels["label"][:count])
+    return _in_order(part, self.size)
+
 
 def cifar10(recipe: Recipe) -> Task:
   """Host. As much of CIFAR-10 as `TFDS_DATA_DIR` has, or as the recipe asks for."""
@@ -93,10 +98,13 @@ def cifar10(recipe: Recipe) -> Task:
   if recipe.train_images is not None:
     count = checks.count("train_images", recipe.train_images, 1, count)
   checks.count("batch_size", recipe.batch_size, 1, count)
-  size = recipe.size
-  test = images.batches(held_out, 500, seed=None, epochs=1, drop_remainder=False, size=size, **_NORMALISATION)
   pixels = images.Images(image=known["image"][:count], label=known["label"][:count])
-  return Task(pixels, list(test), size, recipe.batch_size)
+  return Task(pixels, _in_order(held_out, recipe.size), recipe.size, recipe.batch_size)
+
+
+def _in_order(pixels: images.Images, size: int) -> list[train.Batch]:
+  """All images once."""
+  return list(images.batches(pixels, 500, seed=None, epochs=1, drop_remainder=False, size=size, **_NORMALISATION))
 
 
 def measure(
@@ -105,6 +113,7 @@ def measure(
   recipe: Recipe,
   folder: pathlib.Path,
   config: Mapping[str, Any],
+  also: Callable[[str, Any], Mapping[str, float]] = lambda name, state: {},
 ) -> dict[str, Any]:
   """Trains what is not trained yet.
 
@@ -114,10 +123,12 @@ def measure(
     recipe: epochs and seeds.
     folder: each learner has one in here.
     config: settings that runs depend on.
+    also: (name, trained state) -> further measurements of a run.
 
   Returns:
     For each learner "error, <name>", test errors in percent by seed, and "step memory, <name>": what a compiled
-    training step needs besides state and batch, over that of the first learner.
+    training step needs besides state and batch, over that of the first learner. "<what>, <name>" of what is measured
+    besides, by seed.
   """
   metrics: dict[str, Any] = {}
   base = None
@@ -125,7 +136,11 @@ def measure(
     learner = jitted(learner)
     place, start = folder / name.replace(", ", "-").replace(" ", "_"), time.perf_counter()
     kept = {**config, "method": name}
-    error = errors(learner, task, epochs=recipe.epochs, seeds=recipe.seeds, folder=place, config=kept)
+    error = []
+    for state in trained(learner, task, epochs=recipe.epochs, seeds=recipe.seeds, folder=place, config=kept):
+      error.append(test_error(learner, state, task))
+      for what, value in also(name, state).items():
+        metrics.setdefault(f"{what}, {name}", []).append(value)
     rich.print(f"{name}: error {np.mean(error):.2f} %, {time.perf_counter() - start:.0f} s")
     needed = step_megabytes(learner, next(task.batches(0)))
     base = needed if base is None else base
@@ -138,10 +153,10 @@ def jitted(learner: train.Learner) -> train.Learner:
   return train.Learner(learner.init, jax.jit(learner.step, donate_argnums=0), jax.jit(learner.evaluate))
 
 
-def errors(
+def trained(
   learner: train.Learner, task: Task, *, epochs: int, seeds: int, folder: pathlib.Path, config: dict[str, Any]
-) -> Float[np.ndarray, " seeds"]:
-  """Test errors in percent, one for each seed of initialisation, order and augmentation.
+) -> Iterator[Any]:
+  """Trained states, one for each seed of initialisation, order and augmentation.
 
   Args:
     learner: from `jitted`.
@@ -151,9 +166,8 @@ def errors(
     folder: of this learner.
     config: settings that a run depends on.
   """
-  found = []
   for seed in range(seeds):
-    state = train.fit(
+    yield train.fit(
       learner,
       task.batches(seed),
       steps=epochs * task.steps_per_epoch,
@@ -162,8 +176,6 @@ def errors(
       config=config,
       tensorboard=False,
     )
-    found.append(test_error(learner, state, task))
-  return np.array(found)
 
 
 def test_error(learner: train.Learner, state: Any, task: Task) -> float:

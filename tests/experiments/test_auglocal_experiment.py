@@ -1,9 +1,14 @@
 import json
+import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from experiments import auglocal as experiment
+from jaxlab import train
 from jaxlab.data import images
 
 
@@ -41,8 +46,30 @@ def test_runs_end_to_end(tmp_path, monkeypatch):
   assert result["metrics"]["error, greedy heads"]["n"] == 1
   assert result["metrics"]["multiplications, greedy heads"]["mean"] > 1
   assert result["metrics"]["step memory, backpropagation"]["mean"] == 1
+  assert 0 <= result["metrics"]["probe of the last unit, greedy heads"]["mean"] <= 100
   assert (folder / "figure.png").stat().st_size > 10_000
   experiment.main(config)  # finished
+
+
+def test_probes_read_what_units_know():
+  """A first unit that passes a colour on is read without error; later ones whose weights are 0 know nothing."""
+  config = experiment.Config(layers=8, widths=(4, 4, 4, 4), size=8)
+  model = experiment.networks(config)["backpropagation"]
+  labels = np.arange(60, dtype=np.int32) % 3
+  batch = {
+    "image": np.eye(3, dtype="float32")[labels][:, None, None] * np.ones((60, 8, 8, 3), "float32"),
+    "label": labels,
+  }
+  state = train.supervised(model, train.cross_entropy(), optax.sgd(0.1)).init(jax.random.key(0), batch)
+  kernel = np.zeros((3, 3, 3, 4), "float32")
+  kernel[1, 1, range(3), range(3)] = 1
+  params = dict(jax.tree.map(jnp.zeros_like, state.params))
+  params["units_0"] = {"conv": {"kernel": kernel}, "norm": state.params["units_0"]["norm"]}
+  params["units_1"] = state.params["units_1"]
+  state = types.SimpleNamespace(params=params, collections=state.collections)
+  scores = experiment.probe(model, types.SimpleNamespace(plain=lambda: [batch], test=[batch]))(state)
+  assert scores[0] == 100 and len(scores) == 4
+  assert scores[2] == scores[3] == pytest.approx(100 / 3)
 
 
 @pytest.mark.parametrize(
