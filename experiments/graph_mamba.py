@@ -1,4 +1,4 @@
-"""Graph Mamba beside graph convolutions with residuals of the same width, depth for depth under one tuning.
+"""Graph Mamba beside graph convolutions with residuals of the same width, under one setting of rate and dropout.
 
     python experiments/graph_mamba.py                              # carry a colour round a ring, minutes
     python experiments/graph_mamba.py --dataset minesweeper        # needs JAXLAB_DATA or a download
@@ -126,7 +126,8 @@ class ResidualGCN(nn.Module):
     return nn.Dense(self.outputs)(x)
 
 
-# The grid of `--tune`, and what it picked (learning rate, dropout): the same 4 points for each.
+# The grid of `--tune`, the same 4 points for each method. What it picks (learning rate, dropout) belongs in TUNED; data
+# sets and methods that are not there have DEFAULT.
 GRID = {"learning_rate": (3e-3, 1e-2), "dropout": (0.0, 0.2)}
 TUNED: dict[str, dict[str, tuple[float, float]]] = {}
 DEFAULT = (3e-3, 0.0)
