@@ -123,6 +123,7 @@ def probe(model: auglocal.AugLocal, task: comparison.Task) -> Callable[[Any], li
   Classifiers see as many training images as there are test images, without augmentation.
   """
   means = jax.jit(lambda variables, images: model.apply(variables, images, method=unit_means))
+  plain = task.plain()
 
   def all_means(state: Any, batches: list[train.Batch]) -> tuple[list[np.ndarray], np.ndarray]:
     variables = {"params": state.params, "batch_stats": state.collections["batch_stats"]}
@@ -130,7 +131,7 @@ def probe(model: auglocal.AugLocal, task: comparison.Task) -> Callable[[Any], li
     return [np.concatenate(unit) for unit in zip(*found, strict=True)], np.concatenate([b["label"] for b in batches])
 
   def measure(state: Any) -> list[float]:
-    (known, labels), (unknown, truth) = all_means(state, task.plain()), all_means(state, task.test)
+    (known, labels), (unknown, truth) = all_means(state, plain), all_means(state, task.test)
     scores = []
     for x, y in zip(known, unknown, strict=True):
       classifier = sklearn.pipeline.make_pipeline(
@@ -187,9 +188,10 @@ def main(config: Config) -> None:
   learners = {name: auglocal.learner(model, tx) for name, model in models.items()}
   kept = {k: v for k, v in record.items() if k not in ("depths", "seeds", "workdir")}
   probes: dict[str, list[list[float]]] = {name: [] for name in models}
+  readers = {name: probe(model, task) for name, model in models.items()}  # one for all seeds: compiled once
 
   def also(name: str, state: Any) -> dict[str, float]:
-    scores = probe(models[name], task)(state)
+    scores = readers[name](state)
     probes[name].append(scores)
     return {"probe of the second unit": scores[1], "probe of the last unit": scores[-1]}
 

@@ -41,11 +41,11 @@ __all__ = [
   "pmap_step",
   "read_metrics",
   "replicate",
+  "report",
   "save_variables",
   "shard_batch",
   "split_batch",
   "supervised",
-  "report",
   "write_result",
 ]
 
