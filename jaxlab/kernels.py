@@ -242,6 +242,39 @@ def result(frame, position, dtype, rank):
   return _view(words(words(frame)[_FRAME_RESULTS])[position], dtype, rank)
 
 
+# Kernels see bfloat16, which numba does not have, as `types.uint16`: the upper halves of float32 numbers.
+
+
+@numba.njit(inline="always")
+def same(value):
+  """Inside a kernel: a number of a float32 operand."""
+  return value
+
+
+@numba.njit(inline="always")
+def widened(value):
+  """Inside a kernel: the number whose bits a bfloat16 operand holds."""
+  return np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
+
+
+@numba.njit(inline="always")
+def write(sums, target):
+  """Inside a kernel: copies float32 numbers to a result."""
+  for v in range(len(sums)):
+    target[v] = sums[v]
+
+
+@numba.njit(inline="always")
+def write_rounded(sums, target):
+  """Inside a kernel: bits of the nearest bfloat16 numbers, ties to even; what is not a number stays so."""
+  bits = sums.view(np.uint32)
+  for v in range(len(bits)):
+    word = bits[v]
+    rounded = (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    unordered = (word & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    target[v] = types.uint16(0x7FC0) if unordered else types.uint16(rounded)
+
+
 class Vectors:
   """Float32 vectors at byte addresses, for inner loops that a kernel writes with LLVM's builder."""
 

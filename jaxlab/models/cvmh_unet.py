@@ -33,6 +33,7 @@ from jaxlab.nn import dct
 from jaxlab.nn.conv import Conv, DepthwiseConv
 from jaxlab.nn.drop_path import DropPath, linear_rates
 from jaxlab.nn.initializers import torch_kernel
+from jaxlab.nn.layer_norm import LayerNorm
 from jaxlab.nn.module import check_images, precision
 from jaxlab.nn.product import Dense
 from jaxlab.nn.resize import adaptive_average_pool
@@ -109,7 +110,7 @@ class Block(nn.Module):
     inner = self.expand * channels
     dense: Any = functools.partial(Dense, use_bias=False, kernel_init=_dense_init, **options)
     conv: Any = functools.partial(DepthwiseConv, 3, kernel_init=torch_kernel, **options)
-    norm = functools.partial(nn.LayerNorm, 1e-5, **options)
+    norm = functools.partial(LayerNorm, 1e-5, **options)
 
     u = norm(name="norm")(x)
     a, z = jnp.split(dense(2 * inner, name="in_proj")(u), 2, -1)
@@ -279,7 +280,7 @@ class CVMHUNet(nn.Module):
     options, stages = precision(self), len(self.widths)
     height, width = images.shape[1:3]
     dense: Any = functools.partial(Dense, use_bias=False, kernel_init=_dense_init, **options)
-    norm = functools.partial(nn.LayerNorm, 1e-5, **options)
+    norm = functools.partial(LayerNorm, 1e-5, **options)
     block: Any = functools.partial(
       nn.remat(Block, static_argnums=(2,)) if self.remat else Block,
       self.directions, self.state_size, local=self.local, channel_attention=self.channel_attention,

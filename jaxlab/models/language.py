@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab import checks
+from jaxlab.nn.layer_norm import LayerNorm
 from jaxlab.nn.module import precision
 from jaxlab.nn.transformer import Block
 from jaxlab.train.learner import Batch, Metrics
@@ -80,7 +81,7 @@ class LanguageModel(nn.Module):
     x = embed(tokens) + position[: tokens.shape[1]].astype(self.dtype)
     for i in range(self.depth):
       x = Block(self.num_heads, self.mlp_ratio, causal=True, epsilon=1e-5, name=f"block{i}", **options)(x)
-    x = nn.LayerNorm(1e-5, name="norm", **options)(x)
+    x = LayerNorm(1e-5, name="norm", **options)(x)
     return jnp.einsum("bnc,vc->bnv", x, embed.embedding.astype(self.dtype), preferred_element_type=jnp.float32)
 
 

@@ -38,6 +38,7 @@ from jaxlab.nn.conv import Conv
 from jaxlab.nn.drop_path import DropPath, linear_rates
 from jaxlab.nn.dropout import dropout
 from jaxlab.nn.initializers import torch_bias, torch_kernel
+from jaxlab.nn.layer_norm import LayerNorm
 from jaxlab.nn.module import check_images, precision
 from jaxlab.nn.product import Dense
 from jaxlab.nn.window_attention import window_attention
@@ -141,7 +142,7 @@ class SwinBlock(nn.Module):
   def __call__(self, x: Float[Array, "b h w c"], *, train: bool = False) -> Float[Array, "b h w c"]:
     """Args: x, maps; train, drop paths. Returns maps of the same shape."""
     options, channels = precision(self), x.shape[-1]
-    y = nn.LayerNorm(1e-5, name="norm1", **options)(x)
+    y = LayerNorm(1e-5, name="norm1", **options)(x)
     query, key, value = jnp.split(_linear(self, y, 3 * channels, "qkv"), 3, axis=-1)
     shape = ((2 * self.window - 1) ** 2, self.num_heads)
     table = self.param("relative_bias", nn.initializers.normal(0.02), shape, self.param_dtype)
@@ -149,7 +150,7 @@ class SwinBlock(nn.Module):
       query, key, value, window=self.window, num_heads=self.num_heads, shift=self.shift, table=table.astype(y.dtype)
     )
     x = x + DropPath(self.drop_path)(_linear(self, y, channels, "proj"), train=train)
-    y = nn.LayerNorm(1e-5, name="norm2", **options)(x)
+    y = LayerNorm(1e-5, name="norm2", **options)(x)
     y = _linear(self, nn.gelu(_linear(self, y, self.mlp_width, "fc1"), approximate=False), channels, "fc2")
     return x + DropPath(self.drop_path)(y, train=train)
 

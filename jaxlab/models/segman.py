@@ -29,6 +29,7 @@ from jaxlab import checks, interop
 from jaxlab.nn.attention import multi_head_attention
 from jaxlab.nn.conv import Conv, DepthwiseConv
 from jaxlab.nn.drop_path import DropPath, linear_rates
+from jaxlab.nn.layer_norm import LayerNorm
 from jaxlab.nn.module import check_images, precision
 from jaxlab.nn.neighborhood_attention import neighborhood_attention
 from jaxlab.nn.product import Dense
@@ -84,7 +85,7 @@ class Mixer(nn.Module):
     elif self.global_tokens is None:
       norm = nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, axis_name=self.axis_name, name="conv_norm", **options)
       s = SelectiveScan2D(state_size=1, name="scan", **options)(nn.silu(norm(local(3, name="conv")(y))))
-      out = y + nn.LayerNorm(1e-6, name="norm", **options)(s)
+      out = y + LayerNorm(1e-6, name="norm", **options)(s)
     else:
       tokens, count = height * width, self.global_tokens
       bias = self.param("global_bias", nn.initializers.zeros, (heads, count, count), self.param_dtype)
@@ -140,7 +141,7 @@ class Block(nn.Module):
     """Args: x, maps. `train` is positional for `nn.remat`. Returns maps of the same shape."""
     options = precision(self)
     local: Any = functools.partial(DepthwiseConv, 3, kernel_init=_init, **options)
-    norm = functools.partial(nn.LayerNorm, 1e-6, **options)
+    norm = functools.partial(LayerNorm, 1e-6, **options)
 
     def add(branch: Array, number: int) -> Array:
       if self.layer_scale is not None:

@@ -32,6 +32,7 @@ from jaxlab import checks, interop
 from jaxlab.nn.attention import multi_head_attention
 from jaxlab.nn.conv import Conv, DepthwiseConv, GroupedPointwiseConv
 from jaxlab.nn.drop_path import DropPath, linear_rates
+from jaxlab.nn.layer_norm import LayerNorm
 from jaxlab.nn.module import check_images, precision
 from jaxlab.nn.product import Dense
 
@@ -176,12 +177,12 @@ class Block(nn.Module):
         branch = branch * self.param(f"scale{number}", scale, x.shape[-1:], self.param_dtype).astype(self.dtype)
       return x + DropPath(self.drop_path)(branch, train=train)
 
-    y = nn.LayerNorm(1e-6, name="norm1", **options)(x)
+    y = LayerNorm(1e-6, name="norm1", **options)(x)
     if self.mixer == "modulation":
       x = add(ScaleAwareModulation(axis_name=self.axis_name, name="mixer", **options)(y, train=train), 1)
     else:
       x = add(LocalAttention(self.head_dim, name="mixer", **options)(y), 1)
-    y = nn.LayerNorm(1e-6, name="norm2", **options)(x)
+    y = LayerNorm(1e-6, name="norm2", **options)(x)
     return add(Mlp(self.mlp_ratio, name="mlp", **options)(y), 2)
 
 
@@ -202,7 +203,7 @@ class Stem(nn.Module):
     x = conv(kernel_size=self.kernel_size, padding=self.kernel_size // 2, use_bias=False, name="conv1")(images)
     x = nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, axis_name=self.axis_name, name="norm1", **options)(x)
     x = conv(kernel_size=2, name="conv2")(nn.relu(x))
-    return nn.LayerNorm(1e-5, name="norm2", **options)(x)
+    return LayerNorm(1e-5, name="norm2", **options)(x)
 
 
 class SMT(nn.Module):
@@ -276,10 +277,10 @@ class SMT(nn.Module):
       if i == 0:
         x = Stem(width, self.stem_kernel, axis_name=self.axis_name, name="stem", **options)(x, train=train)
       else:
-        x = nn.LayerNorm(1e-5, name=f"{stage}_embed_norm", **options)(conv(features=width, name=f"{stage}_embed")(x))
+        x = LayerNorm(1e-5, name=f"{stage}_embed_norm", **options)(conv(features=width, name=f"{stage}_embed")(x))
       for j, rate in enumerate(rates[i]):
         x = block(_mixer(mixer, j), ratio, drop_path=rate, name=f"{stage}_block{j}")(x, train)
-      x = nn.LayerNorm(1e-6, name=f"{stage}_norm", **options)(x)
+      x = LayerNorm(1e-6, name=f"{stage}_norm", **options)(x)
       maps.append(x)
     if features:
       return tuple(maps)

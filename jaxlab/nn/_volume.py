@@ -7,26 +7,22 @@ filters are then sums of
     sums[t, :] += a[t] * b[:]
 
 over such runs: for the convolution, t are voxels of a row, a their inputs and b filters; for the gradient, t are places
-of the window, a their inputs at one voxel and b the gradient there. `_accumulate` keeps the sums in registers.
+of the window, a their inputs at one voxel and b the gradient there. `_tiles.accumulate` keeps the sums in registers.
 
 With `pairs`, what is called a number here is two neighbouring bfloat16 channels, whose products are both added: the
 processor has an instruction for that, which does twice the work of a float32 one.
 """
 
-import contextlib
 import functools
 import math
 from collections.abc import Sequence
 
-import llvmlite.binding
 import numba
 import numpy as np
-from llvmlite import ir
 from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
 from jaxlab import kernels
+from jaxlab.nn import _tiles
 
 _NEAR = 96 * 1024  # numbers of the volume that an item reads, if it can do with so few: they stay in its core's cache
 _PIECE = 128  # numbers of a window that are summed in registers without a stop
@@ -35,95 +31,6 @@ _PLACES = 32  # of a window that are copied together for the gradient
 _ITEMS = 16  # of a call, at least, to balance the load
 # Positions in the plan that an operation hands its kernel.
 _STRIDES, _BLOCK, _WINDOW, _BEFORE, _FRAMED, _GROUPS = 0, 3, 5, 8, 11, 12
-
-_word = ir.IntType(64)
-
-
-class _BFloat(ir.Type):
-  """LLVM's bfloat, which llvmlite does not have."""
-
-  def _to_string(self):
-    return "bfloat"
-
-  def __eq__(self, other):
-    return isinstance(other, _BFloat)
-
-  def __hash__(self):
-    return hash(_BFloat)
-
-
-@functools.cache
-def has_pairs() -> bool:
-  """Whether the processor multiplies and adds pairs of bfloat16 numbers."""
-  return bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16"))
-
-
-def _multiply_add(builder, vector, pairs, a, b, total):
-  """a * b + total; with `pairs`, of both halves of each number."""
-  if not pairs:
-    return vector.multiply_add(a, b, total)
-  halves = ir.VectorType(_BFloat(), 2 * vector.lanes)
-  kind = ir.FunctionType(vector.type, [vector.type, halves, halves])
-  name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * vector.lanes}"
-  function = cgutils.get_or_insert_function(builder.module, kind, name)
-  return builder.call(function, [total, builder.bitcast(a, halves), builder.bitcast(b, halves)])
-
-
-@intrinsic(prefer_literal=True)
-def _accumulate(typing, tile, vectors, lanes, pairs, y, y_t, a, a_t, b, n0, a_0, b_0, n1, a_1, b_1, n2, a_2, b_2):
-  """y[t, :] += sum of a[t * a_t + i * a_0 + j * a_1 + k * a_2] * b[i * b_0 + j * b_1 + k * b_2 + :] for t < tile.
-
-  The sum is over i < n0, j < n1 and k < n2. Addresses and steps are in bytes; a row of y and of b is `vectors` vectors.
-  """
-  tile_, vectors_, lanes_ = tile.literal_value, vectors.literal_value, lanes.literal_value
-  pairs_ = pairs.literal_value
-
-  def codegen(context, builder, signature, args):
-    y, y_t, a, a_t, b, *loops = args[4:]
-    vector, add, mul = kernels.Vectors(builder, lanes_), builder.add, builder.mul
-    column = lambda address, v: add(address, _word(vector.bytes * v))
-    rows = [add(y, mul(y_t, _word(t))) for t in range(tile_)]
-    places = vector.registers([vector.load(column(row, v)) for row in rows for v in range(vectors_)])
-    # Four addresses are one register and multiples of the step: the processor adds these itself.
-    two, three = mul(a_t, _word(2)), mul(a_t, _word(3))
-    with contextlib.ExitStack() as nest:
-      at, weights = a, b
-      for n, a_step, b_step in zip(loops[::3], loops[1::3], loops[2::3], strict=True):
-        loop = nest.enter_context(cgutils.for_range(builder, n))
-        at, weights = add(at, mul(loop.index, a_step)), add(weights, mul(loop.index, b_step))
-      loaded = [vector.load(column(weights, v)) for v in range(vectors_)]
-      for t in range(tile_):
-        base = at if t < 4 else add(at, mul(a_t, _word(t // 4 * 4)))
-        place = base if t % 4 == 0 else add(base, (a_t, two, three)[t % 4 - 1])
-        value = vector.splat(builder.load(builder.inttoptr(place, ir.FloatType().as_pointer())))
-        for v in range(vectors_):
-          total = builder.load(places[t * vectors_ + v])
-          total = _multiply_add(builder, vector, pairs_, value, loaded[v], total)
-          builder.store(total, places[t * vectors_ + v])
-    for t, row in enumerate(rows):
-      for v in range(vectors_):
-        vector.store(builder.load(places[t * vectors_ + v]), column(row, v))
-    return context.get_dummy_value()
-
-  return types.void(tile, vectors, lanes, pairs, *[types.int64] * 14), codegen
-
-
-def lanes_for(channels: int) -> int:
-  """Width of a vector for so many outputs."""
-  return kernels.max_lanes() if channels > 8 else 8
-
-
-def vectors_for(channels: int, most: int) -> int:
-  """Vectors of outputs computed together, at most `most` or 4, for a multiple of `lanes_for` outputs."""
-  count = channels // lanes_for(channels)
-  return next(vectors for vectors in (4, 2, 3, 1) if vectors <= most and count % vectors == 0)
-
-
-def tile_for(length: int, vectors: int) -> int:
-  """How many of `length` are computed together: as many as the registers hold, wasting few at the end."""
-  registers = 24 if kernels.max_lanes() == 16 else 12
-  tiles = [tile for tile in (16, 8, 4) if tile * vectors <= registers] or [2]
-  return min(tiles, key=lambda tile: -(-length // tile) * (tile + 1))
 
 
 def plan(
@@ -176,7 +83,7 @@ def convolve(tile: int, vectors: int, lanes: int, pairs: bool) -> kernels.Kernel
   with its zeros; rows of an x that comes with them reach as far as whole tiles of y do. x may have more channels than
   the filters: they are passed over.
   """
-  number, size, write = (types.uint16, 2, _write_rounded) if pairs else (types.float32, 4, _write)
+  number, size, write = (types.uint16, 2, kernels.write_rounded) if pairs else (types.float32, 4, kernels.write)
 
   @kernels.kernel(f"volume.convolve.{tile}.{vectors}.{lanes}.{pairs}")
   def kernel(item, frame):
@@ -220,7 +127,7 @@ def convolve(tile: int, vectors: int, lanes: int, pairs: bool) -> kernels.Kernel
                   place = corner + plane * (i * sd + a) + row * (j * sh + b) + s * step
                   source = numbers.ctypes.data + size * place + 4 * r
                   for _ in range(0, width, tile):
-                    _accumulate(
+                    _tiles.accumulate(
                       tile, vectors, lanes, pairs, target, 4 * wide, source, size * sw * step, weights,
                       deep_together, size * plane, 4 * kh * run * wide,
                       high_together, size * row, 4 * run * wide, piece, 4, 4 * wide,
@@ -272,7 +179,7 @@ def correlate(tile: int, vectors: int, lanes: int, pairs: bool) -> kernels.Kerne
       for i in range(depth):
         for j in range(height):
           at = ((n * g.shape[1] + d0 + i) * g.shape[2] + h0 + j) * width * out + first
-          _pack(g.reshape(-1), at, out, width, wide, wide, pairs, gradients, (i * height + j) * columns * wide)
+          _tiles.pack(g.reshape(-1), at, out, width, wide, wide, pairs, gradients, (i * height + j) * columns * wide)
       numbers, corner, plane, line, _ = _with_zeros(
         x, n, d0 * sd, h0 * sh, plan, (depth - 1) * sd + kd, (height - 1) * sh + kh, (width - 1) * sw + kw, 0
       )
@@ -285,7 +192,7 @@ def correlate(tile: int, vectors: int, lanes: int, pairs: bool) -> kernels.Kerne
           for i in range((depth - 1) * sd + kd):
             for j in range((height - 1) * sh + kh):
               at, count = corner + p + plane * i + line * j, min(size, run - p)
-              _pack(numbers, at, column, width, count, size, pairs, inputs, i * through + j * down)
+              _tiles.pack(numbers, at, column, width, count, size, pairs, inputs, i * through + j * down)
         # Lines that follow each other are one loop.
         lines, length = (1, height * columns) if down == columns * across and sh == 1 else (height, columns)
         for a in range(kd):
@@ -293,7 +200,7 @@ def correlate(tile: int, vectors: int, lanes: int, pairs: bool) -> kernels.Kerne
             target = sums.ctypes.data + 4 * wide * ((a * kh + b) * tiled + p)
             first_input = source + 4 * (a * through + b * down)
             for _ in range(0, size, tile):
-              _accumulate(
+              _tiles.accumulate(
                 tile, vectors, lanes, pairs, target, 4 * wide, first_input, 4, gradients.ctypes.data,
                 depth, 4 * through * sd, 4 * wide * columns * height,
                 lines, 4 * down * sh, 4 * wide * columns, length, 4 * across, 4 * wide,
@@ -308,45 +215,6 @@ def correlate(tile: int, vectors: int, lanes: int, pairs: bool) -> kernels.Kerne
             y[part, a, b, r, first + v] = sums[place + v]
 
   return kernel
-
-
-@numba.njit(inline="always")
-def _write(sums, target):
-  for v in range(len(sums)):
-    target[v] = sums[v]
-
-
-@numba.njit(inline="always")
-def _write_rounded(sums, target):
-  """float32 to the nearest bfloat16, ties to even; no infinity is made of what is not a number."""
-  bits = sums.view(np.uint32)
-  for v in range(len(bits)):
-    word = bits[v]
-    rounded = (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    unordered = (word & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-    target[v] = types.uint16(0x7FC0) if unordered else types.uint16(rounded)
-
-
-@numba.njit(cache=True)
-def _pack(numbers, at, step, length, count, size, pairs, words, place):
-  """Writes `count` numbers from `at` on, zeros up to `size`, and the same `step` further on, `length` times in all.
-
-  With `pairs`, a word holds the numbers of one step and of the next.
-  """
-  for k in range(0, length, 2 if pairs else 1):
-    # Loops over slices from 0 on become vector instructions.
-    target, source = words[place : place + size], numbers[at : at + count]
-    if pairs and k + 1 < length:
-      following = numbers[at + step : at + step + count]
-      for q in range(count):
-        target[q] = np.uint32(source[q]) | (np.uint32(following[q]) << np.uint32(16))
-    else:
-      for q in range(count):
-        target[q] = source[q]
-    for q in range(count, size):
-      target[q] = 0
-    place += size
-    at += 2 * step if pairs else step
 
 
 @numba.njit(cache=True)

@@ -17,7 +17,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numba
 import numpy as np
 from jaxtyping import Array, Float, Int
 from numba import types
@@ -196,21 +195,10 @@ def moments_device(
   return top * sign, place, sums
 
 
-@numba.njit(inline="always")
-def _same(value):
-  return value
-
-
-@numba.njit(inline="always")
-def _widened(value):
-  """Bits of a bfloat16, the upper half of a float32."""
-  return np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
-
-
 @functools.cache
 def _sums(narrow: bool) -> kernels.Kernel:
   """Kernel x [N, C] -> sums of x and x^2 [items, 2, C]; an item adds some rows."""
-  dtype, read = (types.uint16, _widened) if narrow else (types.float32, _same)
+  dtype, read = (types.uint16, kernels.widened) if narrow else (types.float32, kernels.same)
 
   @kernels.kernel(f"batch_norm.sums.{narrow}")
   def kernel(item, frame):
@@ -230,7 +218,7 @@ def _sums(narrow: bool) -> kernels.Kernel:
 @functools.cache
 def _gradient(narrow: bool, slope: float) -> kernels.Kernel:
   """Kernel (x [N, C], g [N, C], a [C], b [C]) -> sums of gz and gz x [items, 2, C], gz = g act'(a x + b)."""
-  dtype, read = (types.uint16, _widened) if narrow else (types.float32, _same)
+  dtype, read = (types.uint16, kernels.widened) if narrow else (types.float32, kernels.same)
   low = np.float32(slope)
 
   @kernels.kernel(f"batch_norm.gradient.{narrow}.{slope}")
@@ -254,7 +242,7 @@ def _gradient(narrow: bool, slope: float) -> kernels.Kernel:
 @functools.cache
 def _maxima(narrow: bool) -> kernels.Kernel:
   """Kernel (x [M, K, C], scale [C]) -> top [M, C], place [M, C], sums of x and x^2 [items, 2, C]."""
-  dtype, read = (types.uint16, _widened) if narrow else (types.float32, _same)
+  dtype, read = (types.uint16, kernels.widened) if narrow else (types.float32, kernels.same)
 
   @kernels.kernel(f"batch_norm.maxima.{narrow}")
   def kernel(item, frame):

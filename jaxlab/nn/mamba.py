@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jaxlab import interop, kernels
 from jaxlab.nn import _causal_conv
 from jaxlab.nn.initializers import torch_kernel
+from jaxlab.nn.layer_norm import LayerNorm
 from jaxlab.nn.selective_scan import Discretization, selective_scan
 
 
@@ -226,7 +227,7 @@ class BidirectionalMamba(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "*b l c"], starts: Bool[Array, "*b l"] | None = None) -> Float[Array, "*b m c"]:
     """Tokens to tokens; `starts` as `MambaMixer`."""
-    normed = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(x)
+    normed = LayerNorm(epsilon=1e-5, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(x)
     wanted = slice(-1, None) if self.last_only else slice(None)
     mixer = functools.partial(
       MambaMixer,

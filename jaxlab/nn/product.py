@@ -1,78 +1,129 @@
-"""Products of bfloat16 arrays at the speed that the processor has for them.
+"""Dense layers at the speed that the processor has for them.
 
-XLA's CPU backend has native bfloat16 products for the form rows times columns with a float32 result. Every other form
-(a bfloat16 result, which is what layers ask for; the sum over rows that the gradient of a kernel is) it computes by
-widening both operands first, at half the speed. Here forward and both gradients take the native form. Hand it to a
-layer, or take `Dense`, which has it.
+On GPU and TPU they are XLA's own products. XLA's CPU backend has native products for the form rows times columns with a
+float32 result. Every other form it computes at half the speed or less: a bfloat16 result, which is what layers ask for,
+and the product of a transposed matrix, which the gradient of the weights is. Here forward and the gradient of the
+inputs take the native form, and the gradients of weights and bias are one host kernel (`jaxlab.nn._product`). All sums
+are in float32. Gradients can be differentiated further; forward-mode differentiation is not available on CPU.
 """
 
-import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16
+from jaxtyping import Array, Float
+
+from jaxlab import kernels
+from jaxlab.nn import _product, _tiles
+
+_FEW = 64  # rows below which the host kernel is not worth its call
+_MANY = 1 << 20  # weights from which on XLA's float32 product is as fast
 
 
-def dot_general(
-  lhs: Array, rhs: Array, dimension_numbers: Any, precision: Any = None, preferred_element_type: Any = None
-) -> Array:
-  """`jax.lax.dot_general`, faster where a dense layer calls it with bfloat16 arrays on CPU.
-
-  There the sum is in float32 and then rounded to bfloat16, as elsewhere, but forward-mode differentiation is not
-  available.
+def dense(
+  x: Float[Array, "*rows c"], kernel: Float[Array, "c o"], bias: Float[Array, " o"] | None = None
+) -> Float[Array, "*rows o"]:
+  """x kernel + bias.
 
   Args:
-    lhs: of the layer, [..., C].
-    rhs: its kernel, [C, O].
-    dimension_numbers: as in `jax.lax.dot_general`, as the rest.
-    precision: of float32 products.
-    preferred_element_type: of the result.
+    x: rows, of any floating dtype.
+    kernel: of the dtype of `x`.
+    bias: of the dtype of `x`, added to every row.
+
+  Returns:
+    In the dtype of `x`, accumulated in float32.
+
+  Raises:
+    ValueError: shapes that do not fit together.
   """
-  dense = rhs.ndim == 2 and dimension_numbers == (((lhs.ndim - 1,), (0,)), ((), ()))
-  narrow = lhs.dtype == rhs.dtype == jnp.bfloat16 and preferred_element_type in (None, jnp.bfloat16)
-  if not (dense and narrow and jax.default_backend() == "cpu"):
-    return jax.lax.dot_general(lhs, rhs, dimension_numbers, precision, preferred_element_type)
-  return _product(lhs.reshape(-1, lhs.shape[-1]), rhs).reshape(*lhs.shape[:-1], rhs.shape[1])
+  if x.ndim < 1 or kernel.ndim != 2 or kernel.shape[0] != x.shape[-1]:
+    raise ValueError(f"kernel: got shape {kernel.shape}, expected (inputs, outputs) for x of shape {x.shape}")
+  if bias is not None and bias.shape != kernel.shape[1:]:
+    raise ValueError(f"bias: got shape {bias.shape}, expected {kernel.shape[1:]}")
+  if x.dtype == kernel.dtype and x.dtype in (jnp.float32, jnp.bfloat16) and kernels.available(x, kernel):
+    return _dense(x.reshape(-1, x.shape[-1]), kernel, bias).reshape(*x.shape[:-1], kernel.shape[1])
+  y = x @ kernel
+  return y if bias is None else y + bias
 
 
 @jax.custom_vjp
-def _product(x: BFloat16[Array, "n c"], kernel: BFloat16[Array, "c o"]) -> BFloat16[Array, "n o"]:
-  return _rows_times(x, kernel, 0)
+def _dense(x, kernel, bias):
+  y = _rows_times(x, kernel, 0)
+  return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
 
 
-def _forward(x, kernel):
-  return _rows_times(x, kernel, 0), (x, kernel)
+def _forward(x, kernel, bias):
+  return _dense(x, kernel, bias), (x, kernel, bias)
 
 
 def _backward(saved, g):
-  x, kernel = saved
-  return _rows_times(g, kernel, 1), _rows_times(_transposed(x), g, 0)
+  x, kernel, bias = saved
+  dkernel, dbias = _outer(x, g)
+  dx = _rows_times(g, kernel, 1).astype(x.dtype)
+  return dx, dkernel.astype(kernel.dtype), None if bias is None else dbias.astype(bias.dtype)
 
 
-_product.defvjp(_forward, _backward)
+_dense.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def _outer(x, g):
+  """x^T g and the sum of g's rows, in float32."""
+  (rows, inputs), outputs = x.shape, g.shape[1]
+  if not _tiles.has_pairs():
+    x, g = x.astype(jnp.float32), g.astype(jnp.float32)
+  pairs = x.dtype == jnp.bfloat16
+  if rows < _FEW or (inputs * outputs >= _MANY and not pairs):
+    return _rows_times(x.T, g, 0), g.astype(jnp.float32).sum(0)
+  plan, items = _product.plan(rows, inputs, outputs)
+  results = [jax.ShapeDtypeStruct((int(plan[0]), *shape), jnp.float32) for shape in ((inputs, outputs), (outputs,))]
+  host = _product.outer(kernels.max_lanes(), pairs)
+  return tuple(map(kernels.added, kernels.call(host, results, x, g, jnp.asarray(plan), items=items)))
+
+
+def _outer_forward(x, g):
+  return _outer(x, g), (x, g)
+
+
+def _outer_backward(saved, cotangents):
+  (x, g), (weights, sums) = saved, cotangents
+  weights = weights.astype(x.dtype)
+  return _rows_times(g, weights, 1).astype(x.dtype), (_rows_times(x, weights, 0) + sums).astype(g.dtype)
+
+
+_outer.defvjp(_outer_forward, _outer_backward)
 
 
 def _rows_times(rows, other, axis):
-  """Sums over the last axis of `rows` and the given one of `other`."""
-  numbers = (((1,), (axis,)), ((), ()))
-  return jax.lax.dot_general(rows, other, numbers, preferred_element_type=jnp.float32).astype(rows.dtype)
+  """Sums over the last axis of `rows` and the given one of `other`, in float32."""
+  return jax.lax.dot_general(rows, other, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _transposed(x):
-  """[N, C] -> [C, N], written out. XLA would fold a plain transposition into the product, which is then not native;
-  it does not look across a loop."""
-  rows, columns = x.shape
-  if columns % 2:
-    return x.T
-  half = columns // 2
+class Dense(nn.Module):
+  """Dense layer; parameters `kernel` [C, features] and `bias` [features], as `flax.linen.Dense`.
 
-  def copy(i, out):
-    part = jax.lax.dynamic_slice(x, (0, i * half), (rows, half))
-    return jax.lax.dynamic_update_slice(out, part.T, (i * half, 0))
+  Attributes:
+    features: outputs.
+    use_bias: add a bias.
+    dtype: compute dtype; None for that of inputs and parameters.
+    param_dtype: dtype of the parameters.
+    kernel_init: initialiser of the kernel.
+    bias_init: initialiser of the bias.
+  """
 
-  return jax.lax.fori_loop(0, 2, copy, jnp.zeros((columns, rows), x.dtype))
+  features: int
+  use_bias: bool = True
+  dtype: jax.typing.DTypeLike | None = None
+  param_dtype: jax.typing.DTypeLike = "float32"
+  kernel_init: jax.nn.initializers.Initializer = nn.initializers.lecun_normal()
+  bias_init: jax.nn.initializers.Initializer = nn.initializers.zeros
 
-
-Dense = functools.partial(nn.Dense, dot_general=dot_general)  # `flax.linen.Dense` with these products
+  @nn.compact
+  def __call__(self, x: Float[Array, "*rows c"]) -> Float[Array, "*rows features"]:
+    """Args: x, features last. Returns x kernel + bias, in `dtype`."""
+    kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), self.param_dtype)
+    bias: Any = None
+    if self.use_bias:
+      bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+    return dense(*nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype))

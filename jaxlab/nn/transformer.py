@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxlab import interop
 from jaxlab.nn.attention import multi_head_attention
+from jaxlab.nn.layer_norm import LayerNorm
 from jaxlab.nn.module import precision
 from jaxlab.nn.product import Dense
 
@@ -127,9 +128,9 @@ class Block(nn.Module):
     options = precision(self)
     inner = {"kernel_init": self.kernel_init, **options}
     x = tokens.astype(self.dtype)
-    y = nn.LayerNorm(self.epsilon, name="norm1", **options)(x)
+    y = LayerNorm(self.epsilon, name="norm1", **options)(x)
     x = x + SelfAttention(self.num_heads, self.qkv_bias, self.causal, name="attn", **inner)(y, mask)
-    y = nn.LayerNorm(self.epsilon, name="norm2", **options)(x)
+    y = LayerNorm(self.epsilon, name="norm2", **options)(x)
     return x + Mlp(self.mlp_ratio, name="mlp", **inner)(y)
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxlab import kernels
-from jaxlab.nn import _volume, product
+from jaxlab.nn import _tiles, _volume, product
 
 Triple = tuple[int, int, int]
 _FEW = 128  # voxels up to which reading the filters is what takes time on CPU
@@ -102,7 +102,7 @@ def _product(x, kernel, strides, before, sides):
     for tap in itertools.product(*map(range, window))
   ]
   windows = jnp.concatenate(taps, -1)
-  return product.dot_general(windows, kernel.reshape(-1, kernel.shape[4]), (((4,), (0,)), ((), ())))
+  return product.dense(windows, kernel.reshape(-1, kernel.shape[4]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -112,12 +112,12 @@ def _convolve(x, kernel, strides, before, sides):
   In float32, or in bfloat16 where pairs of it are summed.
   """
   window, out = kernel.shape[:3], kernel.shape[4]
-  if x.shape[4] % 2 or not _volume.has_pairs():
+  if x.shape[4] % 2 or not _tiles.has_pairs():
     x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
   pairs, kernel = x.dtype == jnp.bfloat16, _padded(kernel, out)
   channels = kernel.shape[4]
-  lanes, vectors = _volume.lanes_for(channels), _volume.vectors_for(channels, 4)
-  tile, wide = _volume.tile_for(sides[2], vectors), lanes * vectors
+  lanes, vectors = _tiles.lanes_for(channels), _tiles.vectors_for(channels, 4)
+  tile, wide = _tiles.tile_for(sides[2], vectors), lanes * vectors
   filters = kernel.reshape(*window[:2], -1, channels // wide, wide).transpose(3, 0, 1, 2, 4)
   words = x.shape[4]  # of four bytes, that a voxel takes
   if pairs:
@@ -207,11 +207,11 @@ def _transposed(g, kernel, strides, before, sides):
 def _correlate(x, g, strides, before, window):
   """The gradient of `_convolve` by its kernel: sum over o of x[o * strides + t - before] g[o] for each tap t."""
   inputs, out = x.shape[4], g.shape[4]
-  if inputs <= _volume.FEW_CHANNELS or not _volume.has_pairs():
+  if inputs <= _volume.FEW_CHANNELS or not _tiles.has_pairs():
     x, g = x.astype(jnp.float32), g.astype(jnp.float32)
   pairs, g = x.dtype == jnp.bfloat16, _padded(g, out)
   channels = g.shape[4]
-  lanes, vectors = _volume.lanes_for(channels), _volume.vectors_for(channels, 2)
+  lanes, vectors = _tiles.lanes_for(channels), _tiles.vectors_for(channels, 2)
   copied, chunks = _copied(window), channels // (lanes * vectors)
   if not copied:
     x = _framed(x, strides, before, window, g.shape[1:4])
@@ -219,7 +219,7 @@ def _correlate(x, g, strides, before, window):
     x.shape, window, g.shape[1:4], strides, before if copied else None, chunks=chunks, sums=True
   )
   result = jax.ShapeDtypeStruct((int(plan[-1]), *window[:2], window[2] * inputs, channels), jnp.float32)
-  host = _volume.correlate(_volume.tile_for(window[2] * inputs, vectors), vectors, lanes, pairs)
+  host = _volume.correlate(_tiles.tile_for(window[2] * inputs, vectors), vectors, lanes, pairs)
   (sums,) = kernels.call(host, [result], x, g, jnp.asarray(plan), items=items)
   return kernels.added(sums)[..., :out].reshape(*window, inputs, out)
 
@@ -240,7 +240,7 @@ _correlate.defvjp(_correlate_forward, _correlate_backward)
 
 def _padded(x, channels):
   """Zeros behind the last axis, up to whole vectors."""
-  extra = -channels % _volume.lanes_for(channels)
+  extra = -channels % _tiles.lanes_for(channels)
   return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, extra)]) if extra else x
 
 

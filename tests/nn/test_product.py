@@ -1,50 +1,90 @@
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from jaxlab.nn.product import dot_general
+from jaxlab import kernels
+from jaxlab.nn import product
 
 
-def normal(*shape, seed=0, dtype="bfloat16"):
+def normal(*shape, seed=0, dtype="float32"):
   return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
-def test_layer_in_bfloat16_sums_in_float32_both_ways():
-  """Against float64 products of the same bfloat16 numbers; a bfloat16 sum of 3000 ones would stop at 256."""
-  x, kernel, g = normal(2, 1500, 6), normal(6, 4, seed=1), normal(2, 1500, 4, seed=2)
-  layer = nn.Dense(4, use_bias=False, dtype="bfloat16", dot_general=dot_general)
+def run(function, *arguments, g):
+  """The result of a function and its gradients along g."""
 
   @jax.jit
-  def run(x, kernel, g):
-    out, back = jax.vjp(lambda x, k: layer.apply({"params": {"kernel": k}}, x), x, kernel)
+  def both(arguments, g):
+    out, back = jax.vjp(function, *arguments)
     return out, *back(g)
 
-  wide = [np.asarray(a, "float64") for a in (x, kernel, g)]
-  expected = (
-    wide[0] @ wide[1],
-    wide[2] @ wide[1].T,
-    np.einsum("bnc,bno->co", wide[0], wide[2]),
-  )
-  for got, want in zip(run(x, kernel, g), expected, strict=True):
-    assert got.dtype == jnp.bfloat16 and got.shape == want.shape
-    assert np.abs(np.asarray(got, "float64") - want).max() < 2**-7 * np.abs(want).max()
-  ones = jnp.ones((3000, 1), "bfloat16")
-  assert float(jax.grad(lambda k: dot_general(ones, k, (((1,), (0,)), ((), ()))).sum())(ones[:1])[0, 0]) == 3008
+  return both(arguments, g)
 
 
-def test_odd_widths_and_batches_of_calls():
-  x, kernel = normal(3, 5, 7), normal(7, 2, seed=1)
-  numbers = (((1,), (0,)), ((), ()))
-  gradient = jax.grad(lambda k, x: dot_general(x, k, numbers).astype("float32").sum())
-  got = jax.jit(jax.vmap(gradient, (None, 0)))(kernel, x)
-  expected = np.broadcast_to(np.asarray(x, "float64").sum(1)[..., None], (3, 7, 2))
-  np.testing.assert_allclose(np.asarray(got, "float64"), expected, atol=0.05)
+# Rows and widths below, at and above the tiles, vectors and blocks of the kernel, and cut into several parts.
+SHAPES = [(3, 5, 7), (64, 1, 1), (65, 16, 32), (400, 17, 33), (1500, 6, 4), (1029, 300, 290), (4000, 64, 64)]
 
 
-def test_other_products_are_left_to_jax():
-  numbers = (((1,), (0,)), ((), ()))
-  x, kernel = normal(5, 6, dtype="float32"), normal(6, 2, dtype="float32")
-  plain = jax.make_jaxpr(lambda x, k: dot_general(x, k, numbers))(x, kernel)
-  assert "custom_vjp" not in str(plain)
-  assert dot_general(*(a.astype("bfloat16") for a in (x, kernel)), numbers, None, jnp.float32).dtype == jnp.float32
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_layer_and_gradients_against_float64(shape, dtype):
+  rows, inputs, outputs = shape
+  x, kernel, bias = normal(rows, inputs, dtype=dtype), normal(inputs, outputs, seed=1, dtype=dtype), normal(outputs)
+  g = normal(rows, outputs, seed=2, dtype=dtype)
+  got = run(product.dense, x, kernel, bias.astype(dtype), g=g)
+  wide = [np.asarray(a, "float64") for a in (x, kernel, bias.astype(dtype), g)]
+  expected = wide[0] @ wide[1] + wide[2], wide[3] @ wide[1].T, wide[0].T @ wide[3], wide[3].sum(0)
+  for a, b in zip(got, expected, strict=True):
+    assert a.dtype == dtype and a.shape == b.shape
+    # One rounding of the sum in bfloat16 (2^-8 of it), that of float32 sums of up to 4000 terms otherwise.
+    tolerance = 2**-7 * np.abs(b) + 1e-3 if dtype == "bfloat16" else 1e-5 * np.abs(b).max()
+    assert (np.abs(np.asarray(a, "float64") - b) <= tolerance).all()
+
+
+def test_bfloat16_sums_in_float32():
+  """A bfloat16 sum of 3000 ones would stop at 256."""
+  ones = jnp.ones((3000, 2), "bfloat16")
+  weights, bias = jax.grad(lambda k, b: product.dense(ones, k, b).sum(), (0, 1))(ones[:2], ones[0])
+  np.testing.assert_array_equal(np.asarray(weights, "float32"), 3008)
+  np.testing.assert_array_equal(np.asarray(bias, "float32"), 3008)
+
+
+def test_batches_of_calls_equal_single_calls():
+  x, kernel = normal(3, 70, 7), normal(7, 2, seed=1)
+  gradient = jax.jit(jax.grad(lambda k, x: (product.dense(x, k) ** 2).sum()))
+  together = jax.jit(jax.vmap(gradient, (None, 0)))(kernel, x)
+  chex.assert_trees_all_close(together, jnp.stack([gradient(kernel, row) for row in x]), rtol=1e-5)
+
+
+def test_second_derivatives_are_those_of_xla():
+  x, kernel, bias = normal(70, 6), normal(6, 4, seed=1), normal(4, seed=2)
+
+  def penalty(x, kernel, bias):
+    loss = lambda x, k, b: (product.dense(x, k, b) ** 3).sum()
+    return sum((g**2).sum() for g in jax.grad(loss, (0, 1, 2))(x, kernel, bias))
+
+  got = jax.jit(jax.grad(penalty, (0, 1, 2)))(x, kernel, bias)
+  with kernels.disabled():
+    expected = jax.jit(jax.grad(lambda *a: penalty(*a), (0, 1, 2)))(x, kernel, bias)
+  chex.assert_trees_all_close(got, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_module_is_flax_dense(use_bias):
+  x = normal(2, 40, 12)
+  ours, theirs = product.Dense(9, use_bias=use_bias), nn.Dense(9, use_bias=use_bias)
+  variables = theirs.init(jax.random.key(0), x)
+  chex.assert_trees_all_equal(ours.init(jax.random.key(0), x), variables)
+  loss = lambda layer: jax.jit(jax.value_and_grad(lambda v: (layer.apply(v, x) ** 2).mean()))
+  chex.assert_trees_all_close(loss(ours)(variables), loss(theirs)(variables), rtol=1e-5)
+  assert product.Dense(9, use_bias=use_bias, dtype="bfloat16").apply(variables, x).dtype == jnp.bfloat16
+
+
+def test_what_does_not_fit_is_refused():
+  with pytest.raises(ValueError, match=r"kernel: got shape \(4, 2\)"):
+    product.dense(normal(5, 3), normal(4, 2))
+  with pytest.raises(ValueError, match=r"bias: got shape \(3,\)"):
+    product.dense(normal(5, 4), normal(4, 2), normal(3))

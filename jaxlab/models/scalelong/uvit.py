@@ -25,6 +25,7 @@ from jaxlab.nn import transformer
 from jaxlab.nn.conv import Conv
 from jaxlab.nn.diffusion import timestep_embedding
 from jaxlab.nn.initializers import torch_kernel
+from jaxlab.nn.layer_norm import LayerNorm
 from jaxlab.nn.module import check_images, precision
 from jaxlab.nn.product import Dense
 
@@ -120,7 +121,7 @@ class UViT(nn.Module):
       x = dense(self.width, name=f"skip_linear{i}")(both)
       x = attend(x, f"out_block{i}")
 
-    x = nn.LayerNorm(1e-5, name="norm", **options)(x[:, -(grid**2) :])
+    x = LayerNorm(1e-5, name="norm", **options)(x[:, -(grid**2) :])
     x = dense(p * p * self.in_channels, name="decoder")(x)
     x = x.reshape(batch, grid, grid, p, p, self.in_channels).swapaxes(2, 3).reshape(images.shape)
     if not self.final_conv:
