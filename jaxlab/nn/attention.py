@@ -1,8 +1,19 @@
-"""Multi-head attention on tokens [B, N, C]."""
+"""Multi-head attention on tokens [B, N, C].
+
+On CPU, attention without bias and mask is a host kernel (`jaxlab.nn._attention`) that never forms the weights of all
+queries; forward-mode differentiation is not available there.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+from jaxlab import kernels
+from jaxlab.nn import _attention, _tiles
+
+_MOST = 128  # channels of a head up to which the host kernel is the faster one
 
 
 def multi_head_attention(
@@ -47,14 +58,82 @@ def multi_head_attention(
   if num_heads < 1 or channels % num_heads:
     raise ValueError(f"num_heads: got {num_heads}, expected a divisor of {channels} channels")
 
+  plain = bias is None and mask is None and query.dtype == key.dtype == value.dtype
+  small = channels // num_heads <= _MOST
+  if plain and small and query.dtype in (jnp.float32, jnp.bfloat16) and kernels.available(query):
+    narrow = query.dtype == jnp.bfloat16 and not _tiles.has_pairs()
+    tokens = (x.astype(jnp.float32) if narrow else x for x in (query, key, value))
+    return _attend(*tokens, num_heads)[0].astype(query.dtype)
+  return _by_xla(query, key, value, num_heads, bias, mask)
+
+
+def _by_xla(query, key, value, num_heads, bias=None, mask=None):
+  size = query.shape[-1] // num_heads
+
   # Heads first: after one transposition both products are of adjacent matrices, twice as fast on CPU.
   def heads(tokens: Array) -> Array:
-    return tokens.reshape(*tokens.shape[:2], num_heads, channels // num_heads).swapaxes(1, 2)
+    return tokens.reshape(*tokens.shape[:2], num_heads, size).swapaxes(1, 2)
 
   q, k, v = heads(query), heads(key), heads(value)
-  logits = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32) * (channels // num_heads) ** -0.5
+  logits = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32) * size**-0.5
   if bias is not None:
     logits = logits + bias
   weights = jax.nn.softmax(logits, where=mask).astype(value.dtype)
   out = jnp.einsum("bhnm,bhmd->bhnd", weights, v, preferred_element_type=jnp.float32)
   return out.astype(value.dtype).swapaxes(1, 2).reshape(query.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _attend(query, key, value, num_heads):
+  """The answers, and logarithms of the sums of weights [B, H, N], which pass no gradient."""
+  batch, queries, channels = query.shape
+  parts = _attention.parts(batch, num_heads, queries)
+  results = [
+    jax.ShapeDtypeStruct(query.shape, query.dtype),
+    jax.ShapeDtypeStruct((batch, num_heads, queries), jnp.float32),
+  ]
+  host = _attention.attend(kernels.max_lanes(), query.dtype == jnp.bfloat16)
+  given = query, key, value, _scale(channels, num_heads), jnp.asarray([parts], jnp.int32)
+  return tuple(kernels.call(host, results, *given, items=batch * num_heads * parts))
+
+
+def _scale(channels, num_heads):
+  return jnp.asarray([(channels // num_heads) ** -0.5], jnp.float32)
+
+
+def _attend_forward(query, key, value, num_heads):
+  out, logs = _attend(query, key, value, num_heads)
+  return (out, logs), (query, key, value, logs)
+
+
+def _attend_backward(num_heads, saved, cotangents):
+  return _attend_gradient(*saved, cotangents[0], num_heads)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend_gradient(query, key, value, logs, g, num_heads):
+  """Gradients by query, key and value; the logarithms are functions of these and are not differentiated."""
+  results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value)]
+  host = _attention.gradient(kernels.max_lanes(), query.dtype == jnp.bfloat16)
+  given = query, key, value, _scale(query.shape[-1], num_heads), logs, g
+  return tuple(kernels.call(host, results, *given, items=query.shape[0] * num_heads))
+
+
+def _gradient_forward(query, key, value, logs, g, num_heads):
+  return _attend_gradient(query, key, value, logs, g, num_heads), (query, key, value, logs, g)
+
+
+def _gradient_backward(num_heads, saved, cotangents):
+  query, key, value, logs, g = saved
+
+  def plain(query, key, value, g):
+    return jax.vjp(lambda *tokens: _by_xla(*tokens, num_heads), query, key, value)[1](g)
+
+  dq, dk, dv, dg = jax.vjp(plain, query, key, value, g)[1](cotangents)
+  return dq, dk, dv, jnp.zeros_like(logs), dg
+
+
+_attend_gradient.defvjp(_gradient_forward, _gradient_backward)

@@ -11,6 +11,7 @@ import pytest
 
 from jaxlab import interop
 from jaxlab.models import scalelong
+from jaxlab.nn.layer_norm import LayerNorm
 
 KINDS = ("none", "inv_sqrt2", "constant", "learned", "learned_each")
 TINY = scalelong.UViT(image_size=8, in_channels=1, width=16, depth=4, num_heads=2, mlp_ratio=1, kappa=0.7)
@@ -277,13 +278,13 @@ def test_norms_have_the_official_epsilons():
   found = set()
 
   def note(call, args, kwargs, context):
-    if isinstance(context.module, nn.LayerNorm | nn.GroupNorm):
+    if isinstance(context.module, LayerNorm | nn.GroupNorm):
       found.add((type(context.module), context.module.epsilon))
     return call(*args, **kwargs)
 
   with nn.intercept_methods(note):
     shapes(TINY), shapes(TINY_UNET, 8)
-  assert found == {(nn.LayerNorm, 1e-5), (nn.GroupNorm, 1e-6)}
+  assert found == {(LayerNorm, 1e-5), (nn.GroupNorm, 1e-6)}
 
 
 # ------------------------------------------------------------------------------------------------------- the laws

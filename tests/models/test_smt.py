@@ -12,6 +12,7 @@ import scipy.signal
 from jaxlab import interop
 from jaxlab.models import smt
 from jaxlab.nn.drop_path import DropPath
+from jaxlab.nn.layer_norm import LayerNorm
 
 # Sixteen channels and heads of four, so that each of the four kernels of a modulation sees four channels.
 C = 16
@@ -99,7 +100,9 @@ def test_parity_with_the_official_model():
 
 def test_norms_keep_their_official_epsilons():
   """Parity hardly sees these: they change logits by 1e-5."""
-  for module in modules(TINY, nn.LayerNorm):
+  norms = modules(TINY, LayerNorm)
+  assert norms
+  for module in norms:
     after_embedding = module.name.endswith("embed_norm") or "stem" in module.path
     assert module.epsilon == (1e-5 if after_embedding else 1e-6), module.path
   assert {module.epsilon for module in modules(TINY, nn.BatchNorm)} == {1e-5}

@@ -1,8 +1,10 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlab import kernels
 from jaxlab.nn.attention import multi_head_attention
 
 BATCH, QUERIES, KEYS, CHANNELS, HEADS = 2, 5, 7, 12, 3
@@ -57,6 +59,70 @@ def test_softmax_is_float32_in_bfloat16():
   out = attend(query, key, jnp.ones((1, 4096, 4), "bfloat16"), num_heads=1)
   assert out.dtype == "bfloat16"
   np.testing.assert_allclose(out.astype("float32"), 1, rtol=1e-2)
+
+
+def tokens(batch, queries, keys, channels, dtype="float32"):
+  shapes = [(batch, n, channels) for n in (queries, keys, keys, queries)]
+  return [normal(*shape, seed=i).astype(dtype) for i, shape in enumerate(shapes)]
+
+
+def value_and_gradients(heads):
+  @jax.jit
+  def run(query, key, value, g):
+    out, back = jax.vjp(lambda *x: multi_head_attention(*x, num_heads=heads), query, key, value)
+    return out, *back(g)
+
+  return run
+
+
+# Below and above tiles, vectors and blocks of queries; an odd width of heads; few heads, cut into parts; many.
+@pytest.mark.parametrize(
+  ("batch", "queries", "keys", "channels", "heads"),
+  [(1, 1, 1, 1, 1), (2, 5, 7, 12, 3), (1, 70, 33, 35, 5), (1, 130, 67, 32, 2), (3, 9, 65, 100, 4)],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_host_kernel_against_xla_in_float64(batch, queries, keys, channels, heads, dtype):
+  given = tokens(batch, queries, keys, channels, dtype)
+  got = value_and_gradients(heads)(*given)
+  with jax.enable_x64(True):
+    expected = value_and_gradients(heads)(*(jnp.asarray(np.asarray(x, "float64")) for x in given))
+  for a, b in zip(got, expected, strict=True):
+    assert a.dtype == dtype
+    # In bfloat16 queries, weights and their gradients are rounded once each.
+    tolerance = 3e-6 if dtype == "float32" else 2**-6
+    np.testing.assert_allclose(np.asarray(a, "float64"), b, atol=tolerance * max(1, np.abs(b).max()), rtol=0)
+
+
+def test_logits_of_any_size():
+  """Weights are exp of differences to the largest logit: large ones do not overflow, far ones vanish."""
+  query, key, value, g = tokens(1, 6, 40, 8)
+  given = 300 * query, key, value, g
+  got = value_and_gradients(1)(*given)
+  with kernels.disabled():
+    expected = value_and_gradients(1)(*given)
+  for a, b in zip(got, expected, strict=True):  # logits of 1000 have an error of 6e-5, which is that of weights
+    np.testing.assert_allclose(a, b, atol=1e-4 * float(abs(b).max()) + 1e-6, rtol=0)
+  one = jax.nn.one_hot(3, 40)[None, :, None] * 1e4
+  np.testing.assert_allclose(attend(jnp.ones((1, 6, 8)), one * jnp.ones(8), value, num_heads=1)[0, 0], value[0, 3])
+
+
+def test_second_derivatives_are_those_of_xla():
+  def penalty(*given):
+    loss = lambda *x: (multi_head_attention(*x, num_heads=2) ** 3).sum()
+    return sum((g**2).sum() for g in jax.grad(loss, (0, 1, 2))(*given))
+
+  given = tokens(2, 5, 6, 8)[:3]
+  got = jax.jit(jax.grad(penalty, (0, 1, 2)))(*given)
+  with kernels.disabled():
+    expected = jax.jit(jax.grad(lambda *x: penalty(*x), (0, 1, 2)))(*given)
+  chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_of_all_queries_are_never_formed():
+  """A thousandth of the 268 MB that weights [1, 2, 4096, 8192] would take, beside arguments and results."""
+  shapes = [jax.ShapeDtypeStruct((1, n, 8), jnp.float32) for n in (4096, 8192, 8192, 4096)]
+  compiled = value_and_gradients(2).lower(*shapes).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 4096 * 8192 * 8 / 1000
 
 
 @pytest.mark.parametrize(
