@@ -37,6 +37,7 @@ from jaxlab.nn.attention import multi_head_attention
 from jaxlab.nn.conv import Conv
 from jaxlab.nn.drop_path import DropPath, linear_rates
 from jaxlab.nn.dropout import dropout
+from jaxlab.nn.gelu import gelu
 from jaxlab.nn.initializers import torch_bias, torch_kernel
 from jaxlab.nn.layer_norm import LayerNorm
 from jaxlab.nn.module import check_images, precision
@@ -151,7 +152,7 @@ class SwinBlock(nn.Module):
     )
     x = x + DropPath(self.drop_path)(_linear(self, y, channels, "proj"), train=train)
     y = LayerNorm(1e-5, name="norm2", **options)(x)
-    y = _linear(self, nn.gelu(_linear(self, y, self.mlp_width, "fc1"), approximate=False), channels, "fc2")
+    y = _linear(self, gelu(_linear(self, y, self.mlp_width, "fc1")), channels, "fc2")
     return x + DropPath(self.drop_path)(y, train=train)
 
 

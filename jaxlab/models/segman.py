@@ -29,6 +29,7 @@ from jaxlab import checks, interop
 from jaxlab.nn.attention import multi_head_attention
 from jaxlab.nn.conv import Conv, DepthwiseConv
 from jaxlab.nn.drop_path import DropPath, linear_rates
+from jaxlab.nn.gelu import gelu
 from jaxlab.nn.layer_norm import LayerNorm
 from jaxlab.nn.module import check_images, precision
 from jaxlab.nn.neighborhood_attention import neighborhood_attention
@@ -112,7 +113,7 @@ class Mlp(nn.Module):
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     """Args: x, maps. Returns maps of the same shape."""
     options = precision(self)
-    u = nn.gelu(Dense(self.hidden, kernel_init=_init, name="fc1", **options)(x), approximate=False)
+    u = gelu(Dense(self.hidden, kernel_init=_init, name="fc1", **options)(x))
     u = u + DepthwiseConv(3, kernel_init=_init, name="conv", **options)(u)
     return Dense(x.shape[-1], kernel_init=_init, name="fc2", **options)(u)
 
@@ -225,7 +226,6 @@ class Encoder(nn.Module):
       Conv, kernel_size=3, stride=2, padding=1, use_bias=False, kernel_init=_init, **options
     )  # fmt: skip
     same: Any = functools.partial(Conv, kernel_size=3, padding=1, use_bias=False, kernel_init=_init, **options)
-    gelu = functools.partial(nn.gelu, approximate=False)
     block: Any = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
 
     x, half = images.astype(self.dtype), self.widths[0] // 2

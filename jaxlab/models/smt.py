@@ -32,6 +32,7 @@ from jaxlab import checks, interop
 from jaxlab.nn.attention import multi_head_attention
 from jaxlab.nn.conv import Conv, DepthwiseConv, GroupedPointwiseConv
 from jaxlab.nn.drop_path import DropPath, linear_rates
+from jaxlab.nn.gelu import gelu
 from jaxlab.nn.layer_norm import LayerNorm
 from jaxlab.nn.module import check_images, precision
 from jaxlab.nn.product import Dense
@@ -93,7 +94,7 @@ class ScaleAwareModulation(nn.Module):
     mix = GroupedPointwiseConv(width, groups, kernel_init=_conv_init(groups), name="mix", **options)
     norm = nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, axis_name=self.axis_name, name="mix_norm", **options)
     fuse = Dense(channels, kernel_init=_conv_init(), name="fuse", **options)
-    modulation = fuse(_gelu(norm(mix(mixed))))
+    modulation = fuse(gelu(norm(mix(mixed))))
     self.sow("intermediates", "modulation", modulation)
     return dense(name="proj")(modulation * value)
 
@@ -150,7 +151,7 @@ class Mlp(nn.Module):
     options = precision(self)
     channels, hidden = x.shape[-1], int(x.shape[-1] * self.ratio)
     u = Dense(hidden, kernel_init=_dense_init, name="fc1", **options)(x)
-    u = _gelu(u + DepthwiseConv(3, kernel_init=_conv_init(hidden), name="local_conv", **options)(u))
+    u = gelu(u + DepthwiseConv(3, kernel_init=_conv_init(hidden), name="local_conv", **options)(u))
     return Dense(channels, kernel_init=_dense_init, name="fc2", **options)(u)
 
 
@@ -310,10 +311,6 @@ def _mixer(kind: Mixer, block: int) -> Literal["modulation", "attention"]:
   if kind not in ("modulation", "attention"):
     raise ValueError(f"mixers: got {kind!r}, expected 'modulation', 'attention' or 'alternate'")
   return kind
-
-
-def _gelu(x: Array) -> Array:
-  return nn.gelu(x, approximate=False)
 
 
 # The published variants (paper, table 2, and the official configurations). Drop paths are those of ImageNet-1k.

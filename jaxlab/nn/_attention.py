@@ -61,7 +61,7 @@ def attend(lanes: int, pairs: bool) -> kernels.Kernel:
     at = b * keys * channels + h * depth
     _tiles.pack_panels(lanes, _VECTORS, pairs, v.reshape(-1), at, channels, keys, depth, values, steps * wide)
     asked = np.zeros(_QUERIES * words, np.uint32)
-    scores, powers = np.empty(_QUERIES * tokens, np.float32), np.empty(tokens, np.int32)
+    scores = np.empty(_QUERIES * tokens, np.float32)
     weights = np.zeros(_QUERIES * tokens, result)
     answers = np.empty(_QUERIES * panels * wide, np.float32)
     used = (keys + together - 1) // together
@@ -75,7 +75,7 @@ def attend(lanes: int, pairs: bool) -> kernels.Kernel:
         top = row[0]
         for m in range(keys):
           top = max(top, row[m])
-        total = _exp(row, scale[0], scale[0] * top, powers)
+        total = _exp(row, scale[0], scale[0] * top)
         logs[b, h, first + t] = scale[0] * top + np.log(total)
         over = np.float32(1) / total
         for m in range(keys):
@@ -118,7 +118,6 @@ def gradient(lanes: int, pairs: bool) -> kernels.Kernel:
     asked_rows = np.empty(panels * _QUERIES // together * wide, np.uint32)
     given_rows = np.empty(panels * _QUERIES // together * wide, np.uint32)
     scores, slopes = np.empty(_QUERIES * tokens, np.float32), np.empty(_QUERIES * tokens, np.float32)
-    powers = np.empty(tokens, np.int32)
     narrow = np.zeros(_QUERIES * tokens, result)
     across = np.zeros(_QUERIES * tokens // together, np.uint32)
     answers = np.empty(_QUERIES * panels * wide, np.float32)
@@ -138,7 +137,7 @@ def gradient(lanes: int, pairs: bool) -> kernels.Kernel:
       for t in range(count):
         row, slope = scores[t * tokens : t * tokens + keys], slopes[t * tokens : t * tokens + keys]
         # Divided by their sum once more, as a rounding of the logarithm would not cancel in what follows.
-        over, mean = np.float32(1) / _exp(row, scale[0], logs[b, h, first + t], powers), np.float32(0)
+        over, mean = np.float32(1) / _exp(row, scale[0], logs[b, h, first + t]), np.float32(0)
         for m in range(keys):
           row[m] *= over
           mean += row[m] * slope[m]
@@ -234,25 +233,10 @@ def _across(weights, tokens, count, pairs, words):
 
 
 @numba.njit(inline="always")
-def _exp(row, scale, shift, powers):
-  """exp(scale * row - shift) in place, for exponents up to 0 and a rounding above; returns the sum.
-
-  2^n exp(r) with a whole n and a Taylor polynomial for |r| <= ln(2) / 2: plain arithmetic, which becomes vectors.
-  """
-  total, factors = np.float32(0), powers.view(np.float32)
+def _exp(row, scale, shift):
+  """exp(scale * row - shift) in place; returns the sum."""
+  total = np.float32(0)
   for m in range(len(row)):
-    x = max(scale * row[m] - shift, np.float32(-87))
-    n = np.floor(x * np.float32(1.442695) + np.float32(0.5))
-    r = x - n * np.float32(0.6931472)
-    y = np.float32(1 / 720)
-    y = y * r + np.float32(1 / 120)
-    y = y * r + np.float32(1 / 24)
-    y = y * r + np.float32(1 / 6)
-    y = y * r + np.float32(1 / 2)
-    y = y * r + np.float32(1)
-    row[m] = y * r + np.float32(1)
-    powers[m] = (np.int32(n) + np.int32(127)) << np.int32(23)
-  for m in range(len(row)):
-    row[m] *= factors[m]
+    row[m] = kernels.exp(scale * row[m] - shift)
     total += row[m]
   return total

@@ -119,16 +119,10 @@ def _items(x: Array) -> int:
   return min(_ITEMS, x.shape[0])
 
 
-def _number(narrow: bool):
-  return (
-    (types.uint16, kernels.widened, kernels.write_rounded) if narrow else (types.float32, kernels.same, kernels.write)
-  )
-
-
 @functools.cache
 def _rows(narrow: bool, narrow_result: bool) -> kernels.Kernel:
   """Kernel (x [N, C], scale [C], bias [C], epsilon [1]) -> y [N, C], means and 1 / std [N, 2]."""
-  (dtype, read, _), (result, _, write) = _number(narrow), _number(narrow_result)
+  (dtype, read, _), (result, _, write) = kernels.numbers(narrow), kernels.numbers(narrow_result)
 
   @kernels.kernel(f"layer_norm.rows.{narrow}.{narrow_result}")
   def kernel(item, frame):
@@ -158,7 +152,7 @@ def _rows(narrow: bool, narrow_result: bool) -> kernels.Kernel:
 @functools.cache
 def _rows_gradient(narrow: bool, narrow_result: bool) -> kernels.Kernel:
   """Kernel (x [N, C], scale [C], moments [N, 2], g [N, C]) -> dx [N, C], parts of dscale and dbias [items, 2, C]."""
-  (dtype, read, write), (result, read_g, _) = _number(narrow), _number(narrow_result)
+  (dtype, read, write), (result, read_g, _) = kernels.numbers(narrow), kernels.numbers(narrow_result)
 
   @kernels.kernel(f"layer_norm.gradient.{narrow}.{narrow_result}")
   def kernel(item, frame):

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxlab import interop
 from jaxlab.nn.attention import multi_head_attention
+from jaxlab.nn.gelu import gelu
 from jaxlab.nn.layer_norm import LayerNorm
 from jaxlab.nn.module import precision
 from jaxlab.nn.product import Dense
@@ -92,9 +93,7 @@ class Mlp(nn.Module):
     """Args: x, channels last. Returns the same shape, in `dtype`."""
     options = {"kernel_init": self.kernel_init, **precision(self)}
     hidden = Dense(int(x.shape[-1] * self.ratio), name="fc1", **options)(x)
-    # In float32, as the error function in bfloat16 is no faster and its gradient is slower.
-    hidden = nn.gelu(hidden.astype(jnp.float32), approximate=False).astype(self.dtype)
-    return Dense(x.shape[-1], name="fc2", **options)(hidden)
+    return Dense(x.shape[-1], name="fc2", **options)(gelu(hidden))
 
 
 class Block(nn.Module):
