@@ -109,28 +109,6 @@ def tile_for(length: int, vectors: int) -> int:
   return min(tiles, key=lambda tile: -(-length // tile) * (tile + 1))
 
 
-@numba.njit(cache=True)
-def pack(numbers, at, step, length, count, size, pairs, words, place):
-  """Writes `count` numbers from `at` on, zeros up to `size`, and the same `step` further on, `length` times in all.
-
-  With `pairs`, a word holds the numbers of one step and of the next.
-  """
-  for k in range(0, length, 2 if pairs else 1):
-    # Loops over slices from 0 on become vector instructions.
-    target, source = words[place : place + size], numbers[at : at + count]
-    if pairs and k + 1 < length:
-      following = numbers[at + step : at + step + count]
-      for q in range(count):
-        target[q] = np.uint32(source[q]) | (np.uint32(following[q]) << np.uint32(16))
-    else:
-      for q in range(count):
-        target[q] = source[q]
-    for q in range(count, size):
-      target[q] = 0
-    place += size
-    at += 2 * step if pairs else step
-
-
 @intrinsic(prefer_literal=True)
 def _copy(typing, lanes, pairs, target, source, following):
   """Copies a vector; with `pairs`, makes one of the bfloat16 numbers at two addresses. Addresses are in bytes."""
@@ -149,6 +127,43 @@ def _copy(typing, lanes, pairs, target, source, following):
     return context.get_dummy_value()
 
   return types.void(lanes, pairs, types.int64, types.int64, types.int64), codegen
+
+
+@numba.njit(inline="always")
+def pack(lanes, pairs, numbers, at, step, length, count, size, words, place):
+  """Writes `count` numbers from `at` on, zeros up to `size`, and the same `step` further on, `length` times in all.
+
+  With `pairs`, a word holds the numbers of one step and of the next.
+  """
+  done = 0
+  if count == size and size % lanes == 0:
+    done = length // 2 * 2 if pairs else length
+    source, target, number = numbers.ctypes.data, words.ctypes.data + 4 * place, 2 if pairs else 4
+    for k in range(0, done, 2 if pairs else 1):
+      for q in range(0, size, lanes):
+        start = source + number * (at + k * step + q)
+        _copy(lanes, pairs, target + 4 * q, start, start + number * step)
+      target += 4 * size
+  rest = place + (done // 2 if pairs else done) * size
+  _pack_rest(numbers, at + done * step, step, length - done, count, size, pairs, words, rest)
+
+
+@numba.njit(cache=True)
+def _pack_rest(numbers, at, step, length, count, size, pairs, words, place):
+  for k in range(0, length, 2 if pairs else 1):
+    # Loops over slices from 0 on become vector instructions.
+    target, source = words[place : place + size], numbers[at : at + count]
+    if pairs and k + 1 < length:
+      following = numbers[at + step : at + step + count]
+      for q in range(count):
+        target[q] = np.uint32(source[q]) | (np.uint32(following[q]) << np.uint32(16))
+    else:
+      for q in range(count):
+        target[q] = source[q]
+    for q in range(count, size):
+      target[q] = 0
+    place += size
+    at += 2 * step if pairs else step
 
 
 @numba.njit(inline="always")
@@ -175,6 +190,8 @@ def pack_panels(lanes, vectors, pairs, numbers, at, step, count, columns, words,
     target += 4 * wide
   row = even // 2 if pairs else even
   for p in range(whole):
-    pack(numbers, at + step * even + p * wide, step, count - even, wide, wide, pairs, words, p * panel + row * wide)
+    place = p * panel + row * wide
+    _pack_rest(numbers, at + step * even + p * wide, step, count - even, wide, wide, pairs, words, place)
   if columns > whole * wide:
-    pack(numbers, at + whole * wide, step, count, columns - whole * wide, wide, pairs, words, whole * panel)
+    rest = columns - whole * wide
+    _pack_rest(numbers, at + whole * wide, step, count, rest, wide, pairs, words, whole * panel)

@@ -26,7 +26,7 @@ from jaxlab.nn import _tiles
 
 _NEAR = 96 * 1024  # numbers of the volume that an item reads, if it can do with so few: they stay in its core's cache
 _PIECE = 128  # numbers of a window that are summed in registers without a stop
-FEW_CHANNELS = 64  # whose numbers are near each other in memory
+_FEW_CHANNELS = 64  # whose numbers are near each other in memory
 _PLACES = 32  # of a window that are copied together for the gradient
 _ITEMS = 16  # of a call, at least, to balance the load
 # Positions in the plan that an operation hands its kernel.
@@ -167,7 +167,7 @@ def correlate(tile: int, vectors: int, lanes: int, pairs: bool) -> kernels.Kerne
     first, run, columns = group * wide, kw * x.shape[4], (width + together - 1) // together
     tiled = (run + tile - 1) // tile * tile  # places of the window, and some behind it whose sums are of no use
     # Voxels of few channels are read where they are; of others, the numbers that are used together are copied together.
-    direct = not pairs and x.shape[4] <= FEW_CHANNELS and run == tiled
+    direct = not pairs and x.shape[4] <= _FEW_CHANNELS and run == tiled
     piece = tiled if direct else min(tiled, _PLACES // tile * tile)
     rows = (most_high - 1) * sh + kh
     inputs = np.empty(0 if direct else ((most_deep - 1) * sd + kd) * rows * columns * piece, np.uint32)
@@ -179,7 +179,8 @@ def correlate(tile: int, vectors: int, lanes: int, pairs: bool) -> kernels.Kerne
       for i in range(depth):
         for j in range(height):
           at = ((n * g.shape[1] + d0 + i) * g.shape[2] + h0 + j) * width * out + first
-          _tiles.pack(g.reshape(-1), at, out, width, wide, wide, pairs, gradients, (i * height + j) * columns * wide)
+          place = (i * height + j) * columns * wide
+          _tiles.pack(lanes, pairs, g.reshape(-1), at, out, width, wide, wide, gradients, place)
       numbers, corner, plane, line, _ = _with_zeros(
         x, n, d0 * sd, h0 * sh, plan, (depth - 1) * sd + kd, (height - 1) * sh + kh, (width - 1) * sw + kw, 0
       )
@@ -192,7 +193,7 @@ def correlate(tile: int, vectors: int, lanes: int, pairs: bool) -> kernels.Kerne
           for i in range((depth - 1) * sd + kd):
             for j in range((height - 1) * sh + kh):
               at, count = corner + p + plane * i + line * j, min(size, run - p)
-              _tiles.pack(numbers, at, column, width, count, size, pairs, inputs, i * through + j * down)
+              _tiles.pack(lanes, pairs, numbers, at, column, width, count, size, inputs, i * through + j * down)
         # Lines that follow each other are one loop.
         lines, length = (1, height * columns) if down == columns * across and sh == 1 else (height, columns)
         for a in range(kd):

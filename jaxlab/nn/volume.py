@@ -21,6 +21,7 @@ from jaxlab import kernels
 from jaxlab.nn import _tiles, _volume, product
 
 Triple = tuple[int, int, int]
+_PAIRED = 8  # channels from which on packing pairs for the gradient of the filters is worth it
 _FEW = 128  # voxels up to which reading the filters is what takes time on CPU
 
 
@@ -207,7 +208,7 @@ def _transposed(g, kernel, strides, before, sides):
 def _correlate(x, g, strides, before, window):
   """The gradient of `_convolve` by its kernel: sum over o of x[o * strides + t - before] g[o] for each tap t."""
   inputs, out = x.shape[4], g.shape[4]
-  if inputs <= _volume.FEW_CHANNELS or not _tiles.has_pairs():
+  if inputs < _PAIRED or not _tiles.has_pairs():
     x, g = x.astype(jnp.float32), g.astype(jnp.float32)
   pairs, g = x.dtype == jnp.bfloat16, _padded(g, out)
   channels = g.shape[4]
