@@ -63,7 +63,7 @@ def attend(lanes: int, pairs: bool) -> kernels.Kernel:
     asked = np.zeros(_QUERIES * words, np.uint32)
     scores = np.empty(_QUERIES * tokens, np.float32)
     weights = np.zeros(_QUERIES * tokens, result)
-    answers = np.empty(_QUERIES * panels * wide, np.float32)
+    answers, broken = np.empty(_QUERIES * panels * wide, np.float32), np.empty(_QUERIES, np.bool_)
     used = (keys + together - 1) // together
     for first in range(queries * part // parts, queries * (part + 1) // parts, _QUERIES):
       count = min(_QUERIES, queries * (part + 1) // parts - first)
@@ -72,7 +72,7 @@ def attend(lanes: int, pairs: bool) -> kernels.Kernel:
       _products(lanes, pairs, scores, tokens, asked, words, turned, words, words, tokens // wide, count)
       for t in range(count):
         row = scores[t * tokens : t * tokens + keys]
-        top = row[0]
+        top, broken[t] = row[0], _broken(row)
         for m in range(keys):
           top = max(top, row[m])
         total = _exp(row, scale[0], scale[0] * top)
@@ -85,6 +85,8 @@ def attend(lanes: int, pairs: bool) -> kernels.Kernel:
       _products(lanes, pairs, answers, panels * wide, weights, steps, values, steps, used, panels, count)
       for t in range(count):
         place = t * panels * wide
+        if broken[t]:
+          answers[place : place + depth] = np.uint32(0x7FC00000).view(np.float32)
         write(answers[place : place + depth], out[b, first + t, h * depth : (h + 1) * depth])
 
   return kernel
@@ -230,6 +232,15 @@ def _across(weights, tokens, count, pairs, words):
       for m in range(tokens):
         high = following[m] + np.uint32(0x7FFF) + ((following[m] >> np.uint32(16)) & np.uint32(1))
         target[m] = target[m] | (high & np.uint32(0xFFFF0000))
+
+
+@numba.njit(inline="always")
+def _broken(row):
+  """Whether a logit is infinite or no number: told by its bits, as kernels are compiled for finite numbers."""
+  bits, found = row.view(np.uint32), False
+  for m in range(len(row)):
+    found |= (bits[m] & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
+  return found
 
 
 @numba.njit(inline="always")

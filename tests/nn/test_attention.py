@@ -106,6 +106,16 @@ def test_logits_of_any_size():
   np.testing.assert_allclose(attend(jnp.ones((1, 6, 8)), one * jnp.ones(8), value, num_heads=1)[0, 0], value[0, 3])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_is_not_hidden(bad, dtype):
+  query, key, value, _ = tokens(1, 5, 40, 8, dtype)
+  out = attend(query.at[0, 2, 0].set(bad), key, value, num_heads=2)
+  np.testing.assert_array_equal(jnp.isnan(out[0]).any(-1), np.arange(5) == 2)
+  assert jnp.isnan(attend(query, key.at[0, 1, 0].set(bad), value, num_heads=2)[0, :, 0]).all()
+  assert not jnp.isfinite(attend(query, key, value.at[0, 3, 0].set(bad), num_heads=2)[0, :, 0]).any()
+
+
 def test_second_derivatives_are_those_of_xla():
   def penalty(*given):
     loss = lambda *x: (multi_head_attention(*x, num_heads=2) ** 3).sum()

@@ -106,3 +106,12 @@ def test_what_does_not_fit_is_refused():
     layer_norm(x, scale[:7], bias)
   with pytest.raises(ValueError, match=r"bias: got shape \(7,\)"):
     layer_norm(x, scale, bias[:7])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_is_not_hidden(bad, dtype):
+  x, scale, bias = given((4,), 20, dtype)
+  y, back = jax.vjp(jax.jit(layer_norm), x.at[2, 3].set(bad), scale, bias)
+  np.testing.assert_array_equal(jnp.isnan(y).any(1), np.arange(4) == 2)
+  assert jnp.isnan(back(jnp.ones_like(y))[0][2]).any()
