@@ -89,7 +89,7 @@ def convolve(tile: int, vectors: int, lanes: int, pairs: bool) -> kernels.Kernel
   def kernel(item, frame):
     x, w = kernels.operand(frame, 0, number, 5), kernels.operand(frame, 1, types.uint32, 5)
     plan, y = kernels.operand(frame, 2, types.int32, 1), kernels.result(frame, 0, number, 5)
-    width = y.shape[3]
+    width, out, flat = y.shape[3], y.shape[4], y.reshape(-1)
     sd, sh, sw = np.int64(plan[_STRIDES]), np.int64(plan[_STRIDES + 1]), np.int64(plan[_STRIDES + 2])
     kd, kh, kw = np.int64(plan[_WINDOW]), np.int64(plan[_WINDOW + 1]), np.int64(plan[_WINDOW + 2])
     depth, height, groups = np.int64(plan[_BLOCK]), np.int64(plan[_BLOCK + 1]), np.int64(plan[_GROUPS])
@@ -136,9 +136,13 @@ def convolve(tile: int, vectors: int, lanes: int, pairs: bool) -> kernels.Kernel
                     target += 4 * tile * wide
         for line in range(together):
           i, j, place = (first + line) // height, (first + line) % height, line * tiled * wide
-          for k in range(width):
-            write(sums[place : place + wide], y[n, d0 + i, h0 + j, k, chunk * wide : (chunk + 1) * wide])
-            place += wide
+          at = ((n * y.shape[1] + d0 + i) * y.shape[2] + h0 + j) * width * out + chunk * wide
+          # Voxels of few outputs are written together: a call for each would take as long as its sums.
+          span = width * wide if wide == out else wide
+          for _ in range(0, width * wide, span):
+            write(sums[place : place + span], flat[at : at + span])
+            place += span
+            at += out
 
   return kernel
 
