@@ -42,6 +42,7 @@ def dense(
   if bias is not None and bias.shape != kernel.shape[1:]:
     raise ValueError(f"bias: got shape {bias.shape}, expected {kernel.shape[1:]}")
   if x.dtype == kernel.dtype and x.dtype in (jnp.float32, jnp.bfloat16) and kernels.available(x, kernel):
+    bias = None if bias is None else bias.astype(x.dtype)
     return _dense(x.reshape(-1, x.shape[-1]), kernel, bias).reshape(*x.shape[:-1], kernel.shape[1])
   y = x @ kernel
   return y if bias is None else y + bias
@@ -54,17 +55,22 @@ def _dense(x, kernel, bias):
 
 
 def _forward(x, kernel, bias):
-  return _dense(x, kernel, bias), (x, kernel, bias)
+  """Keeps what the gradients that are asked for need: a kernel that is held fixed shall cost none of its own size."""
+  y = _dense(x.value, kernel.value, None if bias is None else bias.value)
+  wanted = kernel.perturbed or (bias is not None and bias.perturbed)
+  return y, (x.value if wanted else None, kernel.value if x.perturbed else None, None if bias is None else ())
 
 
 def _backward(saved, g):
-  x, kernel, bias = saved
-  dkernel, dbias = _outer(x, g)
-  dx = _rows_times(g, kernel, 1).astype(x.dtype)
-  return dx, dkernel.astype(kernel.dtype), None if bias is None else dbias.astype(bias.dtype)
+  x, kernel, biased = saved
+  if isinstance(g, jax.custom_derivatives.SymbolicZero):
+    return None, None, None
+  dx = None if kernel is None else _rows_times(g, kernel, 1).astype(g.dtype)
+  dkernel, dbias = (None, None) if x is None else (d.astype(g.dtype) for d in _outer(x, g))
+  return dx, dkernel, None if biased is None else dbias
 
 
-_dense.defvjp(_forward, _backward)
+_dense.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 @jax.custom_vjp

@@ -59,6 +59,36 @@ def test_batches_of_calls_equal_single_calls():
   chex.assert_trees_all_close(together, jnp.stack([gradient(kernel, row) for row in x]), rtol=1e-5)
 
 
+def test_what_is_held_fixed_costs_no_gradient():
+  x, kernel, bias = normal(70, 6), normal(6, 4, seed=1), normal(4, seed=2)
+  loss = lambda *a: (product.dense(*a) ** 2).sum()
+  products = lambda *argnums: str(jax.make_jaxpr(jax.grad(loss, argnums))(x, kernel, bias)).count("dot_general")
+  calls = lambda *argnums: str(jax.make_jaxpr(jax.grad(loss, argnums))(x, kernel, bias)).count("ffi_call")
+  assert products(0) == 2 and calls(0) == 0
+  assert products(1) == products(2) == 1 and calls(1) > 0 and calls(2) > 0
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_inside_loops_and_checkpoints(use_bias):
+  layer, x = product.Dense(6, use_bias=use_bias), normal(70, 6)
+  variables = layer.init(jax.random.key(0), x)
+
+  def loss(variables, wrap):
+    step = wrap(lambda x, _: (jnp.tanh(layer.apply(variables, x)), None))
+    return (jax.lax.scan(step, x, None, 3)[0] ** 2).sum()
+
+  def plainly(variables):
+    y = x
+    for _ in range(3):
+      y = jnp.tanh(layer.apply(variables, y))
+    return (y**2).sum()
+
+  expected = jax.jit(jax.grad(plainly))(variables)
+  for wrap in (lambda f: f, jax.checkpoint):
+    got = jax.jit(lambda v, wrap=wrap: jax.grad(loss)(v, wrap))(variables)
+    chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_second_derivatives_are_those_of_xla():
   x, kernel, bias = normal(70, 6), normal(6, 4, seed=1), normal(4, seed=2)
 
