@@ -74,7 +74,7 @@ def load(config: Config) -> tuple[np.ndarray, np.ndarray]:
     x = load_digits().data
     x = x + 0.01 * rng.standard_normal(x.shape)  # integers would tie
   elif config.dataset == "mnist5k":
-    x = mnist5k.load()[0].reshape(5000, -1)
+    x = np.concatenate([part["image"].reshape(-1, 784) for part in mnist5k.images()])
   else:
     n = config.points + QUERIES
     x = rng.random((n, config.dim), np.float32)

@@ -8,10 +8,12 @@ from experiments import hnsw as experiment
 
 
 def test_points_and_queries():
-  for dataset, shape in (("digits", (1438, 64)), ("clustered", (300, 8)), ("uniform", (300, 8))):
+  shapes = {"mnist5k": (5000, 784), "digits": (1797, 64)}
+  for dataset in ("mnist5k", "digits", "clustered", "uniform"):
     x, queries = experiment.load(experiment.Config(dataset=dataset, points=300, dim=8))
-    assert x.shape[1] == queries.shape[1] == shape[1]
-    assert len(x) + len(queries) == (1797 if dataset == "digits" else 300 + experiment.QUERIES)
+    count, dim = shapes.get(dataset, (300 + experiment.QUERIES, 8))
+    assert x.shape[1] == queries.shape[1] == dim
+    assert len(x) + len(queries) == count
     assert not {row.tobytes() for row in x} & {row.tobytes() for row in queries}
 
 
