@@ -34,6 +34,7 @@ from jaxlab.train.result import finished_result, print_metrics, settings
 K = 10
 QUERIES = 1000
 PATIENCE = 2.0  # seconds after which no further batch is timed
+SETTLE = 0.25  # seconds before a batch is timed: OpenMP's threads, which the peers use, go on spinning for a while
 Search = Callable[[int], np.ndarray]  # width of the beam -> distances [Q, K]
 
 
@@ -142,6 +143,7 @@ def curves(searches: dict[str, Search], widths: tuple[int, ...], bound: np.ndarr
     for _ in range(9):
       for name, search in searches.items():
         if sum(times[name]) < PATIENCE:
+          time.sleep(SETTLE)
           start = time.perf_counter()
           search(ef)
           times[name].append(time.perf_counter() - start)

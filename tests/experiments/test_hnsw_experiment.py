@@ -25,6 +25,7 @@ def test_rate_at_a_recall_lies_between_the_measured():
 
 def test_recall_counts_answers_as_near_as_the_tenth_neighbour(monkeypatch):
   monkeypatch.setattr(experiment, "PATIENCE", 1e-9)
+  monkeypatch.setattr(experiment, "SETTLE", 0)
   near, far = np.full((4, experiment.K), 1.0), np.full((4, experiment.K), 3.0)
   far[:, 0] = 1.0
   searches = {"all": lambda ef: near, "one": lambda ef: far if ef < 20 else near}
@@ -34,6 +35,7 @@ def test_recall_counts_answers_as_near_as_the_tenth_neighbour(monkeypatch):
 
 def test_runs_end_to_end_on_host_and_device(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(experiment, "PATIENCE", 0.05)
+  monkeypatch.setattr(experiment, "SETTLE", 0)
   config = experiment.Config(dataset="digits", ef=(10, 80), threads=1, device=True, workdir=tmp_path)
   experiment.main(config)
   metrics = json.loads((tmp_path / "digits-demo/result.json").read_text())["metrics"]
