@@ -88,6 +88,11 @@ def available(*arrays: jax.Array) -> bool:
   return narrow and not _off.get() and jax.default_backend() == "cpu" and supported()
 
 
+def reads(*arrays: jax.Array | jax.ShapeDtypeStruct) -> bool:
+  """Whether a kernel may take these as they are: `available`, and all are float32 or bfloat16."""
+  return available() and all(a.dtype in (jnp.float32, jnp.bfloat16) for a in arrays)
+
+
 @dataclasses.dataclass(frozen=True)
 class Kernel:
   """A function (item, frame) and the name, unique in the process, under which XLA knows it."""
@@ -258,6 +263,17 @@ def widened(value):
 
 
 @numba.njit(inline="always")
+def rounded(word):
+  """Inside a kernel: from the bits of a float32 number those of the nearest bfloat16 one, ties to even.
+
+  What is not a number stays so.
+  """
+  nearest = (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+  unordered = (word & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+  return np.uint32(0x7FC0) if unordered else np.uint32(nearest)
+
+
+@numba.njit(inline="always")
 def write(sums, target):
   """Inside a kernel: copies float32 numbers to a result."""
   for v in range(len(sums)):
@@ -266,13 +282,10 @@ def write(sums, target):
 
 @numba.njit(inline="always")
 def write_rounded(sums, target):
-  """Inside a kernel: bits of the nearest bfloat16 numbers, ties to even; what is not a number stays so."""
+  """Inside a kernel: `rounded` numbers to a bfloat16 result."""
   bits = sums.view(np.uint32)
   for v in range(len(bits)):
-    word = bits[v]
-    rounded = (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    unordered = (word & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-    target[v] = types.uint16(0x7FC0) if unordered else types.uint16(rounded)
+    target[v] = types.uint16(rounded(bits[v]))
 
 
 def numbers(narrow: bool) -> tuple[types.Type, Callable, Callable]:

@@ -226,12 +226,11 @@ def _across(weights, tokens, count, pairs, words):
       continue
     target = words[t // 2 * tokens : (t // 2 + 1) * tokens]
     for m in range(tokens):
-      target[m] = (row[m] + np.uint32(0x7FFF) + ((row[m] >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+      target[m] = kernels.rounded(row[m])
     if t + 1 < count:
       following = bits[(t + 1) * tokens : (t + 2) * tokens]
       for m in range(tokens):
-        high = following[m] + np.uint32(0x7FFF) + ((following[m] >> np.uint32(16)) & np.uint32(1))
-        target[m] = target[m] | (high & np.uint32(0xFFFF0000))
+        target[m] |= kernels.rounded(following[m]) << np.uint32(16)
 
 
 @numba.njit(inline="always")

@@ -114,10 +114,9 @@ def _backward(slope: float, epsilon: float, axis_name: str | None, kept: Any, co
   std = jax.lax.rsqrt(var + epsilon)
   a = scale * std
   b = bias - mean * a
-  if size == 1 and _kernels(x):
+  if size == 1 and kernels.reads(x):
     kernel = _gradient(x.dtype == jnp.bfloat16, slope)
-    rows = _bits(x[:, 0]), _bits(g)
-    sums = kernels.call(kernel, [_partial(groups, channels)], *rows, a, b, items=_items(groups))[0]
+    sums = kernels.call(kernel, [_partial(groups, channels)], x[:, 0], g, a, b, items=_items(groups))[0]
     dbias, weighted = sums.sum(0)
   else:
     gz = _slopes(top * a + b, slope) * g.astype(jnp.float32)
@@ -144,15 +143,6 @@ def _slopes(z: Array, slope: float) -> Array:
   return jnp.where(z > 0, jnp.float32(1), jnp.float32(slope))
 
 
-def _kernels(x: Array) -> bool:
-  return x.dtype in (jnp.float32, jnp.bfloat16) and kernels.available()
-
-
-def _bits(x: Array) -> Array:
-  """What a kernel reads: bfloat16, which numba does not know, as whole numbers of its size."""
-  return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
-
-
 def _items(rows: int) -> int:
   return -(-rows // _ROWS)
 
@@ -166,15 +156,15 @@ def _moments(
 ) -> tuple[Float[Array, "m c"], Int[Array, "m c"] | None, Float[Array, "2 c"]]:
   """Per group and channel the entry that will be the largest, and its place; sums of x and x^2."""
   groups, size, channels = x.shape
-  if _kernels(x):
+  if kernels.reads(x):
     narrow = x.dtype == jnp.bfloat16
     if size == 1:
-      sums = kernels.call(_sums(narrow), [_partial(groups, channels)], _bits(x[:, 0]), items=_items(groups))[0]
+      sums = kernels.call(_sums(narrow), [_partial(groups, channels)], x[:, 0], items=_items(groups))[0]
       return x[:, 0], None, sums.sum(0)
     items = _items(groups * size)
     results = [jax.ShapeDtypeStruct((groups, channels), d) for d in (jnp.float32, jnp.int32)]
     results.append(_partial(groups * size, channels))
-    top, place, sums = kernels.call(_maxima(narrow), results, _bits(x), scale, items=items)
+    top, place, sums = kernels.call(_maxima(narrow), results, x, scale, items=items)
     return top, place, sums.sum(0)
   return moments_device(x, scale)
 
@@ -198,7 +188,7 @@ def moments_device(
 @functools.cache
 def _sums(narrow: bool) -> kernels.Kernel:
   """Kernel x [N, C] -> sums of x and x^2 [items, 2, C]; an item adds some rows."""
-  dtype, read = (types.uint16, kernels.widened) if narrow else (types.float32, kernels.same)
+  dtype, read, _ = kernels.numbers(narrow)
 
   @kernels.kernel(f"batch_norm.sums.{narrow}")
   def kernel(item, frame):
@@ -218,7 +208,7 @@ def _sums(narrow: bool) -> kernels.Kernel:
 @functools.cache
 def _gradient(narrow: bool, slope: float) -> kernels.Kernel:
   """Kernel (x [N, C], g [N, C], a [C], b [C]) -> sums of gz and gz x [items, 2, C], gz = g act'(a x + b)."""
-  dtype, read = (types.uint16, kernels.widened) if narrow else (types.float32, kernels.same)
+  dtype, read, _ = kernels.numbers(narrow)
   low = np.float32(slope)
 
   @kernels.kernel(f"batch_norm.gradient.{narrow}.{slope}")
@@ -242,7 +232,7 @@ def _gradient(narrow: bool, slope: float) -> kernels.Kernel:
 @functools.cache
 def _maxima(narrow: bool) -> kernels.Kernel:
   """Kernel (x [M, K, C], scale [C]) -> top [M, C], place [M, C], sums of x and x^2 [items, 2, C]."""
-  dtype, read = (types.uint16, kernels.widened) if narrow else (types.float32, kernels.same)
+  dtype, read, _ = kernels.numbers(narrow)
 
   @kernels.kernel(f"batch_norm.maxima.{narrow}")
   def kernel(item, frame):

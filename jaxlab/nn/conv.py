@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxlab import kernels
-from jaxlab.nn import _depthwise, _grouped, product, volume
+from jaxlab.nn import _depthwise, _grouped, volume
 
 
 def dense(
@@ -49,22 +49,15 @@ def dense(
     raise ValueError(f"stride: got {stride}, expected a positive integer")
   if padding < 0:
     raise ValueError(f"padding: got {padding}, expected at least 0")
-  rows, columns, _, out = kernel.shape
+  rows, columns = kernel.shape[:2]
   height, width = ((n + 2 * padding - k) // stride + 1 for n, k in zip(x.shape[1:3], (rows, columns), strict=True))
+  geometry = (1, stride, stride), (0, padding, padding), (1, height, width)  # of images as volumes one slice thick
   overlapping = max(rows, columns) > stride
   if overlapping and kernels.available(x, kernel):
-    y = volume.on_host(
-      x[:, None], kernel[None], (1, stride, stride), (0, padding, padding), (1, height, width)
-    )[:, 0]  # fmt: skip
+    y = volume.on_host(x[:, None], kernel[None], *geometry)[:, 0]
   elif (stride > 1 or rows == columns == 1) and jax.default_backend() == "cpu":
     # A product of patches and the kernel: XLA's gradients of such convolutions are many times slower.
-    padded = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    taps = [
-      padded[:, i : i + stride * (height - 1) + 1 : stride, j : j + stride * (width - 1) + 1 : stride]
-      for i in range(rows)
-      for j in range(columns)
-    ]
-    return product.dense(jnp.concatenate(taps, axis=-1), kernel.reshape(-1, out), bias)
+    return volume.by_product(x[:, None], kernel[None], *geometry, bias)[:, 0]
   else:
     y = jax.lax.conv_general_dilated(
       x, kernel, (stride, stride), ((padding, padding),) * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")

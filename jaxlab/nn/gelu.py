@@ -30,7 +30,7 @@ def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
   Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", arXiv:1606.08415.
   """
-  if x.dtype in (jnp.float32, jnp.bfloat16) and kernels.available(x):
+  if kernels.reads(x):
     return _gelu(x)
   return _plain(x)
 

@@ -41,7 +41,7 @@ def dense(
     raise ValueError(f"kernel: got shape {kernel.shape}, expected (inputs, outputs) for x of shape {x.shape}")
   if bias is not None and bias.shape != kernel.shape[1:]:
     raise ValueError(f"bias: got shape {bias.shape}, expected {kernel.shape[1:]}")
-  if x.dtype == kernel.dtype and x.dtype in (jnp.float32, jnp.bfloat16) and kernels.available(x, kernel):
+  if x.dtype == kernel.dtype and kernels.reads(x):
     bias = None if bias is None else bias.astype(x.dtype)
     return _dense(x.reshape(-1, x.shape[-1]), kernel, bias).reshape(*x.shape[:-1], kernel.shape[1])
   y = x @ kernel

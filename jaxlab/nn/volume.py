@@ -90,11 +90,18 @@ def on_host(
   if not dtype == kernel.dtype == jnp.bfloat16:
     x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
   few = x.shape[0] * math.prod(sides) <= _FEW
-  return (_product if few else _convolve)(x, kernel, strides, before, sides).astype(dtype)
+  return (by_product if few else _convolve)(x, kernel, strides, before, sides).astype(dtype)
 
 
-def _product(x, kernel, strides, before, sides):
-  """`_convolve` as one product of the windows and the filters."""
+def by_product(
+  x: Float[Array, "b d h w c"],
+  kernel: Float[Array, "i j k c o"],
+  strides: Sequence[int],
+  before: Sequence[int],
+  sides: Sequence[int],
+  bias: Float[Array, " o"] | None = None,
+) -> Float[Array, "b p q r o"]:
+  """What `on_host` computes, plus a bias, as one product of the windows and the filters, on any backend."""
   window = kernel.shape[:3]
   x = _framed(x, strides, before, window, sides)
   last = [(n - 1) * s + 1 for n, s in zip(sides, strides, strict=True)]
@@ -103,7 +110,7 @@ def _product(x, kernel, strides, before, sides):
     for tap in itertools.product(*map(range, window))
   ]
   windows = jnp.concatenate(taps, -1)
-  return product.dense(windows, kernel.reshape(-1, kernel.shape[4]))
+  return product.dense(windows, kernel.reshape(-1, kernel.shape[4]), bias)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
