@@ -24,7 +24,7 @@ _HEADER = """# Benchmarks
 
 Medians (and quartiles) of interleaved turns on the same cores. The ratio is peer / ours: above 1 jaxlab is faster.
 Memory is the peak of a run over what the process held before the first. Written by `make bench`; run it on a quiet
-machine.
+machine. Each kind of processor has rows of its own: one with matrix units (amx_bf16) is another matter in bfloat16.
 
 | benchmark | case | jaxlab (ms) | peer | peer (ms) | ratio | memory (MB), jaxlab / peer | machine |
 |---|---|---|---|---|---|---|---|
@@ -183,14 +183,14 @@ def measure(
 
 
 def run(benchmark: str, cases: list[Case], *, path: pathlib.Path = RESULTS, **options: Any) -> None:
-  """Measures cases, prints them, and renews their rows in the table of results."""
+  """Measures cases, prints them, and renews their rows for this processor in the table of results."""
   for case in cases:
     measured = measure({"jaxlab": case.ours, **case.peers}, **options)
     ours = measured.pop("jaxlab")
     rows = {}
     for peer, theirs in measured.items():
       ratio = theirs.seconds / ours.seconds
-      rows[benchmark, case.name, peer] = (
+      rows[benchmark, case.name, peer, _processor()] = (
         f"| {benchmark} | {case.name} | {_spread(ours)} | {peer} | {_spread(theirs)} | {ratio:.2f} "
         f"| {ours.megabytes:.0f} / {theirs.megabytes:.0f} | {_machine(options.get('threads', 2))} |"
       )
@@ -206,17 +206,31 @@ def _spread(m: Measured) -> str:
   return f"{1000 * m.seconds:.3g} ({1000 * m.low:.3g} to {1000 * m.high:.3g})"
 
 
+_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")  # that decide most, best first
+
+
 def _machine(threads: int) -> str:
-  return f"{platform.machine()}, {threads} cores, {time.strftime('%Y-%m-%d')}"
+  return f"{_processor()}, {threads} cores, {time.strftime('%Y-%m-%d')}"
 
 
-def _update(path: pathlib.Path, rows: dict[tuple[str, str, str], str]) -> None:
+def _processor() -> str:
+  """Its model and the best of its instructions for products, on Linux; else its architecture."""
+  path = pathlib.Path("/proc/cpuinfo")
+  text = path.read_text() if path.exists() else ""
+  model, flags = (re.search(rf"^{field}\s*: (.*)$", text, re.MULTILINE) for field in ("model name", "flags"))
+  if model is None or flags is None:
+    return platform.machine()
+  best = next((name for name in _INSTRUCTIONS if name in flags.group(1).split()), platform.machine())
+  return f"{model.group(1).strip().replace(',', ' ')} ({best})"
+
+
+def _update(path: pathlib.Path, rows: dict[tuple[str, ...], str]) -> None:
   known = {}
   if path.exists():
     for line in path.read_text().splitlines():
       cells = [cell.strip() for cell in line.strip("|").split("|")]
       if len(cells) == 8 and cells[0] not in ("benchmark", "---"):
-        known[cells[0], cells[1], cells[3]] = line
+        known[cells[0], cells[1], cells[3], cells[7].split(",")[0]] = line
   known |= rows
   temporary = path.with_suffix(".tmp")
   temporary.write_text(_HEADER + "".join(known[key] + "\n" for key in sorted(known)))

@@ -49,6 +49,15 @@ def test_ratio_and_table(tmp_path, capsys):
   assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_rows_of_other_processors_stay(tmp_path, monkeypatch):
+  path = tmp_path / "RESULTS.md"
+  for processor in ("one", "another", "one"):
+    monkeypatch.setattr(harness, "_processor", lambda name=processor: name)
+    harness.run("naps", [case("short", 0.001, 0.001)], path=path, turns=1, threads=1)
+  rows = [row.split("|")[8].split(",")[0].strip() for row in path.read_text().splitlines()[-2:]]
+  assert rows == ["another", "one"]
+
+
 def test_failure_of_a_side_is_raised():
   with pytest.raises(RuntimeError, match="KeyError: 'no such peer'"):
     harness.measure({"ours": failing}, turns=1, threads=1)
