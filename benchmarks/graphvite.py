@@ -1,8 +1,8 @@
 """GraphVite beside gensim's skip-gram and a plain loop: 128 columns, one negative a pair, pairs at most 5 steps apart.
 
 With gensim the walks, pairs and threads are the same for both; it reads the walks from a file, its fastest form, and
-trains on each pair in both directions. Our side is everything that `embed` does: walks, pool and training. The plain
-loop is the method's definition in numba on one core, with the samples ready, as they are for our side there.
+trains on each pair in both directions. Our side is everything that `embed` does, walks, pool and training, or training
+on a pool that is ready. The plain loop is the method's definition in numba on one core, with the samples ready, as they are for our side there.
 """
 
 import functools
@@ -50,6 +50,27 @@ def ours(name, samples):
   training = graphvite.Training(epochs=samples / edges.shape[1])
   key = jax.random.key(0)
   return lambda: graphvite.embed(edges, nodes, DIM, key, sampling(), training, backend="host", threads=THREADS)
+
+
+def our_training(name, samples):
+  """What `embed` does with the pool of an episode."""
+  import jax
+
+  from jaxlab.graph.embedding import graphvite
+  from jaxlab.graph.embedding.graphvite import partition, training
+
+  edges, nodes = graph(name)
+  prepared, options = graphvite.graph(edges, nodes), graphvite.Training(epochs=samples / edges.shape[1])
+  asked = sampling().resolve(nodes, edges.shape[1])
+  plan = training._plan(prepared, DIM, asked, options, "host", None)
+  parts = partition.zigzag(prepared.degree, plan.num_parts)
+  tables = partition.negatives(prepared.degree, parts)
+  pools = [graphvite.pool(prepared, parts, plan.block_samples, seed, asked) for seed in range(plan.episodes)]
+  rng = np.random.default_rng(0)
+  vertex = partition.to_blocks(((rng.random((nodes, DIM)) - 0.5) / DIM).astype("float32"), parts)
+  state = vertex, np.zeros_like(vertex)
+  train = training._host_trainer(plan, options, tables, jax.random.key(0), None, THREADS)
+  return lambda: [train(state, ready, episode) for episode, ready in enumerate(pools)]
 
 
 def gensim(name, samples):
@@ -138,14 +159,15 @@ def plain_loop(name, samples):
 
 
 def cases():
-  """All of a run beside gensim, and one block on one core beside the loop."""
+  """All of a run and its training alone beside gensim, and one block on one core beside the loop."""
   found = [
     Case(
-      f"{name}: {samples // 10**6}M pairs, 2 threads",
-      functools.partial(ours, name, samples),
+      f"{name}: {samples // 10**6}M pairs, 2 threads{what}",
+      functools.partial(side, name, samples),
       {"gensim skip-gram, training only": functools.partial(gensim, name, samples)},
     )
     for name, samples in GRAPHS.items()
+    for what, side in (("", ours), (", training only", our_training))
   ]
   return found + [
     Case(
