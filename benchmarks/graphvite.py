@@ -2,7 +2,8 @@
 
 With gensim the walks, pairs and threads are the same for both; it reads the walks from a file, its fastest form, and
 trains on each pair in both directions. Our side is everything that `embed` does, walks, pool and training, or training
-on a pool that is ready. The plain loop is the method's definition in numba on one core, with the samples ready, as they are for our side there.
+on a pool that is ready. The plain loop is the method's definition in numba on one core, with the samples ready, as they
+are for our side there.
 """
 
 import functools
