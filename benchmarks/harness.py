@@ -20,6 +20,7 @@ from typing import Any
 from jaxlab import memory
 
 RESULTS = pathlib.Path(__file__).parent / "RESULTS.md"
+_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")  # that decide the speed of products, best first
 _HEADER = """# Benchmarks
 
 Medians (and quartiles) of interleaved turns on the same cores. The ratio is peer / ours: above 1 jaxlab is faster.
@@ -204,9 +205,6 @@ def run(benchmark: str, cases: list[Case], *, path: pathlib.Path = RESULTS, **op
 
 def _spread(m: Measured) -> str:
   return f"{1000 * m.seconds:.3g} ({1000 * m.low:.3g} to {1000 * m.high:.3g})"
-
-
-_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")  # that decide most, best first
 
 
 def _machine(threads: int) -> str:
