@@ -41,6 +41,11 @@ def sampling(step=STEP):
   return graphvite.Sampling(augmentation_step=step, walk_length=LENGTH)
 
 
+def start(nodes):
+  """Vertex rows before training; those of the context are zeros."""
+  return ((np.random.default_rng(0).random((nodes, DIM)) - 0.5) / DIM).astype("float32")
+
+
 def ours(name, samples):
   """embed, from edges to both matrices."""
   import jax
@@ -67,8 +72,7 @@ def our_training(name, samples):
   parts = partition.zigzag(prepared.degree, plan.num_parts)
   tables = partition.negatives(prepared.degree, parts)
   pools = [graphvite.pool(prepared, parts, plan.block_samples, seed, asked) for seed in range(plan.episodes)]
-  rng = np.random.default_rng(0)
-  vertex = partition.to_blocks(((rng.random((nodes, DIM)) - 0.5) / DIM).astype("float32"), parts)
+  vertex = partition.to_blocks(start(nodes), parts)
   state = vertex, np.zeros_like(vertex)
   train = training._host_trainer(plan, options, tables, jax.random.key(0), None, THREADS)
   return lambda: [train(state, ready, episode) for episode, ready in enumerate(pools)]
@@ -109,8 +113,7 @@ def ready(name, samples):
   prepared = graphvite.graph(edges, nodes)
   parts = partition.zigzag(prepared.degree, 1)
   pairs = graphvite.pool(prepared, parts, samples, 0, sampling())[0, 0]
-  rng = np.random.default_rng(0)
-  vertex = ((rng.random((nodes, DIM)) - 0.5) / DIM).astype("float32")
+  vertex = start(nodes)
   tables = partition.negatives(prepared.degree, parts)
   return vertex, np.zeros_like(vertex), pairs, tables.accept[0], tables.alias[0]
 
