@@ -34,7 +34,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
 from numba.np.unsafe.ndarray import to_fixed_tuple
 
 # Positions, in words, inside the structures of c_api.h.
@@ -102,8 +102,21 @@ class Kernel:
 
 
 def kernel(name: str) -> Callable[[Callable], Kernel]:
-  """Decorator that makes a `Kernel` from a function (item, frame) in numba's subset of Python."""
-  return lambda function: Kernel(name, function)
+  """Decorator that makes a `Kernel` from a function (item, frame) in numba's subset of Python.
+
+  Raises:
+    TypeError: the function closes over one that numba compiled. Such a function has another identity in each process,
+      so that the kernel would never be found in numba's cache; `numba.extending.register_jitable` gives one that can be
+      closed over.
+  """
+
+  def made(function: Callable) -> Kernel:
+    for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+      if isinstance(cell.cell_contents, numba.core.dispatcher.Dispatcher):
+        raise TypeError(f"{variable}: got a function compiled by numba, expected a plain one registered with it")
+    return Kernel(name, function)
+
+  return made
 
 
 def call(kernel: Kernel, results: Sequence[jax.ShapeDtypeStruct], *operands: jax.Array, items: int) -> list[jax.Array]:
@@ -250,13 +263,13 @@ def result(frame, position, dtype, rank):
 # Kernels see bfloat16, which numba does not have, as `types.uint16`: the upper halves of float32 numbers.
 
 
-@numba.njit(inline="always")
+@register_jitable(inline="always")
 def same(value):
   """Inside a kernel: a number of a float32 operand."""
   return value
 
 
-@numba.njit(inline="always")
+@register_jitable(inline="always")
 def widened(value):
   """Inside a kernel: the number whose bits a bfloat16 operand holds."""
   return np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
@@ -273,14 +286,14 @@ def rounded(word):
   return np.uint32(0x7FC0) if unordered else np.uint32(nearest)
 
 
-@numba.njit(inline="always")
+@register_jitable(inline="always")
 def write(sums, target):
   """Inside a kernel: copies float32 numbers to a result."""
   for v in range(len(sums)):
     target[v] = sums[v]
 
 
-@numba.njit(inline="always")
+@register_jitable(inline="always")
 def write_rounded(sums, target):
   """Inside a kernel: `rounded` numbers to a bfloat16 result."""
   bits = sums.view(np.uint32)

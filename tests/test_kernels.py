@@ -1,5 +1,8 @@
 """Numba functions as XLA operations."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,6 +75,35 @@ def test_another_interface_version_is_not_used(tmp_path, monkeypatch):
   assert not kernels.supported.__wrapped__()
   header.write_text("#define XLA_FFI_API_MAJOR 0\n")
   assert kernels.supported.__wrapped__()
+
+
+def test_a_kernel_that_no_cache_would_find_is_refused():
+  import numba
+
+  twice = numba.njit(lambda x: 2 * x)
+  with pytest.raises(TypeError, match="twice: got a function compiled by numba"):
+
+    @kernels.kernel("test.uncached")
+    def uncached(item, frame):
+      twice(item)
+
+
+def test_kernels_are_found_in_the_cache_by_the_next_process():
+  """All that the key is made of besides the function's code: the values it closes over, told apart in a new process."""
+  script = """
+import hashlib, jax
+from jaxlab import kernels
+from jaxlab.nn import _attention, _product, gelu, layer_norm
+made = [make(8, pairs) for make in (_attention.attend, _attention.gradient, _product.outer) for pairs in (False, True)]
+made += [gelu._values(True), gelu._gradients(False), layer_norm._rows(True, False)]
+made += [layer_norm._rows_gradient(True, False)]
+from numba.core.serialize import dumps
+for kernel in made:
+  print(kernel.name, *(hashlib.sha256(dumps(cell.cell_contents)).hexdigest() for cell in kernel.function.__closure__))
+"""
+  run = lambda: subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+  first = run()
+  assert first.count("\n") == 10 and first == run()
 
 
 @pytest.mark.parametrize("count", range(1, 9))

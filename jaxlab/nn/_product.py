@@ -93,8 +93,8 @@ def outer(lanes: int, pairs: bool) -> kernels.Kernel:
       at, size = o0 + p * wide, min(wide, o1 - o0 - p * wide)
       for c in range(c1 - c0):
         place = (p * pieces * lanes + c) * wide
-        y[part, c0 + c, at : at + size] = sums[place : place + size]
+        kernels.write(sums[place : place + size], y[part, c0 + c, at : at + size])
     if i == 0:
-      total[part, o0:o1] = added[: o1 - o0]
+      kernels.write(added[: o1 - o0], total[part, o0:o1])
 
   return kernel

@@ -177,7 +177,8 @@ def _rows_gradient(narrow: bool, narrow_result: bool) -> kernels.Kernel:
       for c in range(channels):
         row[c] = over * (scaled[c] - total - row[c] * along)
       write(row, dx[i])
-    sums[item, 0], sums[item, 1] = dscale, dbias
+    kernels.write(dscale, sums[item, 0])
+    kernels.write(dbias, sums[item, 1])
 
   return kernel
 
