@@ -2,6 +2,7 @@
 
     python experiments/maniqa.py                  # a network of 0.15M parameters on crops of 48 pixels, minutes
     python experiments/maniqa.py --seeds 3        # and two more ways to hold contents out
+    python experiments/maniqa.py --seeds 3 --frames 40   # 40 frames of CamVid to train on besides (JAXLAB_DATA)
     python experiments/maniqa.py --distortions all   # of 19 kinds instead of 4
     python experiments/maniqa.py --preset paper --backbone vit_base_patch8_224.safetensors     # a host with GPUs
 
@@ -40,7 +41,7 @@ import tyro
 from jaxtyping import Array, Float
 
 from jaxlab import checks, interop, train
-from jaxlab.data import photographs
+from jaxlab.data import camvid, photographs
 from jaxlab.models import maniqa
 from jaxlab.nn.conv import Conv
 from jaxlab.train import figures
@@ -61,6 +62,8 @@ class Config:
   """Shorter side of the pictures, at most 288."""
   train_sides: tuple[int, ...] = (144, 192, 240, 288)
   """Those of the pictures to train on: contents are few, and the same at another scale is nearly another one."""
+  frames: int = 0
+  """Of CamVid, read from JAXLAB_DATA, to train on besides: nine contents are few. None is validated or tested on."""
   size: int = 48
   """Of the crops."""
   steps: int = 8000
@@ -86,7 +89,17 @@ class Config:
 
 
 # 300 epochs of KADID-10k; the flip of its code turns pictures upside down.
-PAPER = Config("paper", "all", 288, (288,), 224, 303_600, 8, (1e-5,), 1e-5, 0.7)
+PAPER = Config(
+  preset="paper",
+  distortions="all",
+  side=288,
+  train_sides=(288,),
+  size=224,
+  steps=303_600,
+  batch_size=8,
+  learning_rates=(1e-5,),
+  flip=0.7,
+)
 
 
 class Convolutions(nn.Module):
@@ -159,6 +172,23 @@ def learner(config: Config, model: nn.Module, rate: float, embedding: Any = None
     return state.replace(params={**state.params, "backbone": backbone})
 
   return made._replace(init=init)
+
+
+def chosen_kinds(config: Config) -> tuple[str, ...] | None:
+  """Distortions in the data; None for all."""
+  return FOUR if config.distortions == "four" else None
+
+
+def street_scenes(config: Config) -> list[photographs.Graded]:
+  """Distorted frames of CamVid, evenly spaced, at each of the training sides that they reach."""
+  made = []
+  for side in sorted({min(side, 180) for side in config.train_sides}) if config.frames else ():
+    image = camvid.load("train", (side, side * 4 // 3)).image
+    checks.count("frames", config.frames, 1, len(image))
+    chosen = np.linspace(0, len(image) - 1, config.frames).round().astype(int)
+    pictures = {len(photographs.CONTENTS) + int(i): image[i] for i in chosen}
+    made.append(photographs.graded_pictures(pictures, distortions=chosen_kinds(config)))
+  return made
 
 
 def normalised(image: np.ndarray) -> Float[np.ndarray, "... 3"]:
@@ -282,7 +312,7 @@ def full_reference(data: photographs.Graded, rows: np.ndarray) -> dict[str, np.n
 
 def folder(config: Config) -> str:
   """Of the runs of these settings."""
-  return f"{config.preset}-{config.distortions}-{config.size}-{config.steps}"
+  return f"{config.preset}-{config.distortions}-{config.size}-{config.steps}-{config.frames}"
 
 
 def draw(config: Config, data: photographs.Graded, rows: np.ndarray, scores: dict[str, np.ndarray]) -> pathlib.Path:
@@ -332,13 +362,15 @@ def main(config: Config) -> None:
   began = time.monotonic()
   checks.count("seeds", config.seeds)
   checks.count("steps", config.steps, 10)
+  checks.count("frames", config.frames, 0)
   checks.count("size", config.size, 16, min(config.side, *config.train_sides))
   if not config.learning_rates:
     raise ValueError("learning_rates: got none, expected at least one")
   if finished := train.result.finished_result(config.workdir / folder(config), config):
     return train.result.print_metrics(finished)
-  distorted = functools.partial(photographs.graded, distortions=FOUR if config.distortions == "four" else None)
+  distorted = functools.partial(photographs.graded, distortions=chosen_kinds(config))
   data = distorted(photographs.CONTENTS, config.side)
+  streets = street_scenes(config)
   names = NETWORKS if config.preset == "demo" else NETWORKS[:1]
   chosen: dict[str, float] = {}
   found: dict[str, list[tuple[float, float]]] = {}
@@ -349,7 +381,7 @@ def main(config: Config) -> None:
       part: np.flatnonzero(np.isin(data.content, [photographs.CONTENTS.index(name) for name in contents]))
       for part, contents in parts.items()
     }
-    training = [distorted(parts["train"], side) for side in config.train_sides]
+    training = [distorted(parts["train"], side) for side in config.train_sides] + streets
     scores: dict[str, np.ndarray] = {}
 
     def report(name: str, values: np.ndarray, rows: Any = rows, seed: int = seed, scores: Any = scores) -> None:
@@ -389,7 +421,8 @@ def main(config: Config) -> None:
     config.workdir / folder(config),
     system="maniqa",
     claim=f"SRCC of MANIQA on contents it has not seen: {mean['MANIQA']:.3f}; {others}.",
-    dataset=f"{len(data.image)} graded distortions of {len(photographs.CONTENTS)} photographs, split by content",
+    dataset=f"{len(data.image)} graded distortions of {len(photographs.CONTENTS)} photographs, split by content"
+    + f"; {config.frames} frames of CamVid to train on besides" * (config.frames > 0),
     config=config,
     metrics=metrics,
     published={},

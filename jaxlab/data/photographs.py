@@ -6,7 +6,7 @@ own, as theirs are for pictures of 512x384. Nobody was asked how the pictures lo
 
 import functools
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +30,7 @@ class Graded(NamedTuple):
   Attributes:
     image: N pictures [H, W, 3], sizes differ from content to content.
     reference: N pictures that they were made of.
-    content: [N], index into `CONTENTS`.
+    content: [N], index into `CONTENTS`, or the number of another picture.
     distortion: [N], index into `DISTORTIONS`.
     level: [N], 1 to 5.
     quality: [N], 1 at level 1 to 0 at level 5.
@@ -117,19 +117,27 @@ def graded(
   Raises:
     ValueError: an argument out of range.
   """
-  if not contents:
+  pictures = {CONTENTS.index(name): photograph(name, side) for name in contents}
+  return graded_pictures(pictures, distortions=distortions, seed=seed)
+
+
+def graded_pictures(
+  pictures: Mapping[int, UInt8[np.ndarray, "h w 3"]], *, distortions: Sequence[str] | None = None, seed: int = 0
+) -> Graded:
+  """Host. The same of other pictures, by numbers that become their `content`."""
+  if not pictures:
     raise ValueError("contents: got none, expected at least one")
   if distortions is not None and (not distortions or not set(distortions) <= set(DISTORTIONS)):
     raise ValueError(f"distortions: got {tuple(distortions)}, expected some of {', '.join(DISTORTIONS)}")
   checks.count("seed", seed, 0)
   images, references, rows = [], [], []
-  for content in contents:
-    reference = photograph(content, side)
+  for content, reference in pictures.items():
+    grey = np.ptp(reference, -1).max() == 0
     for k, name in enumerate(DISTORTIONS):
-      if (distortions is not None and name not in distortions) or (name == "saturation" and content in GREY):
+      if (distortions is not None and name not in distortions) or (name == "saturation" and grey):
         continue
       for level in range(1, LEVELS + 1):
-        row = (CONTENTS.index(content), k, level)
+        row = (content, k, level)
         images.append(distort(reference, name, level, np.random.default_rng((seed, *row))))
         references.append(reference)
         rows.append(row)

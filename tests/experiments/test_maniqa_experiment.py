@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import maniqa as experiment
-from jaxlab.data import photographs
+from jaxlab.data import camvid, photographs
 
 
 def test_paper_preset_is_the_published_recipe():
@@ -44,7 +44,24 @@ def test_correlations():
   assert experiment.correlations(np.ones(5), quality) == (0, 0)
 
 
-def test_runs_end_to_end(tmp_path, monkeypatch):
+@pytest.fixture
+def streets(monkeypatch):
+  frame = np.random.default_rng(0).integers(0, 256, (3, 180, 240, 3), "uint8")
+  load = lambda split, size: camvid.Scenes(frame[:, : size[0], : size[1]], frame[:, : size[0], : size[1], 0])
+  monkeypatch.setattr(camvid, "load", load)
+
+
+def test_frames_are_distorted_like_photographs(streets):
+  made = experiment.street_scenes(experiment.Config(frames=2))
+  assert [len(part.image) for part in made] == [2 * 4 * 5] * 2
+  assert [part.image[0].shape for part in made] == [(144, 192, 3), (180, 240, 3)]
+  assert set(made[0].content) == {len(photographs.CONTENTS), len(photographs.CONTENTS) + 2}
+  with pytest.raises(ValueError, match="frames: got 4"):
+    experiment.street_scenes(experiment.Config(frames=4))
+  assert experiment.street_scenes(experiment.Config()) == []
+
+
+def test_runs_end_to_end(tmp_path, monkeypatch, streets):
   monkeypatch.setattr(
     photographs, "CONTENTS", ("cat", "coins", "flower", "moon", "rocket", "coffee", "brick", "camera")
   )
@@ -54,10 +71,11 @@ def test_runs_end_to_end(tmp_path, monkeypatch):
   whole = experiment.maniqa.base
   monkeypatch.setattr(experiment.maniqa, "base", lambda **options: whole(**options | tiny))
   config = experiment.Config(
-    side=32, train_sides=(32, 40), size=16, steps=12, batch_size=8, crops=2, learning_rates=(1e-3,), workdir=tmp_path
-  )
+    side=32, train_sides=(32, 40), frames=2, size=16, steps=12, batch_size=8, crops=2, learning_rates=(1e-3,),
+    workdir=tmp_path,
+  )  # fmt: skip
   experiment.main(config)
-  folder = tmp_path / "demo-four-16-12"
+  folder = tmp_path / "demo-four-16-12-2"
   result = json.loads((folder / "result.json").read_text())
   assert set(result["metrics"]) >= {
     "MANIQA, SRCC",
@@ -77,6 +95,7 @@ def test_runs_end_to_end(tmp_path, monkeypatch):
     ({"seeds": 0}, "seeds: got 0"),
     ({"size": 300}, "size: got 300"),
     ({"learning_rates": ()}, "learning_rates: got none"),
+    ({"frames": -1}, "frames: got -1"),
   ],
 )
 def test_bad_settings(change, message, tmp_path):
