@@ -114,6 +114,9 @@ def kernel(name: str) -> Callable[[Callable], Kernel]:
     for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
       if isinstance(cell.cell_contents, numba.core.dispatcher.Dispatcher):
         raise TypeError(f"{variable}: got a function compiled by numba, expected a plain one registered with it")
+    # Numba keeps all functions of one qualified name in one index, in which two processes that compile different ones
+    # at once may exchange them.
+    function.__qualname__ = name
     return Kernel(name, function)
 
   return made
@@ -263,13 +266,13 @@ def result(frame, position, dtype, rank):
 # Kernels see bfloat16, which numba does not have, as `types.uint16`: the upper halves of float32 numbers.
 
 
-@register_jitable(inline="always")
+@register_jitable(fastmath=True, error_model="numpy")
 def same(value):
   """Inside a kernel: a number of a float32 operand."""
   return value
 
 
-@register_jitable(inline="always")
+@register_jitable(fastmath=True, error_model="numpy")
 def widened(value):
   """Inside a kernel: the number whose bits a bfloat16 operand holds."""
   return np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
@@ -286,14 +289,14 @@ def rounded(word):
   return np.uint32(0x7FC0) if unordered else np.uint32(nearest)
 
 
-@register_jitable(inline="always")
+@register_jitable(fastmath=True, error_model="numpy")
 def write(sums, target):
   """Inside a kernel: copies float32 numbers to a result."""
   for v in range(len(sums)):
     target[v] = sums[v]
 
 
-@register_jitable(inline="always")
+@register_jitable(fastmath=True, error_model="numpy")
 def write_rounded(sums, target):
   """Inside a kernel: `rounded` numbers to a bfloat16 result."""
   bits = sums.view(np.uint32)

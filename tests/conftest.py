@@ -3,13 +3,14 @@
 import os
 
 # Parallel forms are tested on eight virtual devices. Toy networks compile for longer than they run, so LLVM is told not
-# to optimise and loops are emitted as LLVM's code at once, without MLIR between (a third of all compile time); XLA's
-# own passes are those of every program.
+# to optimise, nor to cut programs into many modules, and loops are emitted as LLVM's code at once, without MLIR between
+# (all this is nearly half of compile time); XLA's own passes are those of every program.
 os.environ["XLA_FLAGS"] = " ".join(
   (
     os.environ.get("XLA_FLAGS", ""),
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
+    "--xla_cpu_parallel_codegen_split_count=1",
     "--xla_cpu_use_fusion_emitters=false",
   )
 )

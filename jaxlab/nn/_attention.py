@@ -186,7 +186,7 @@ def _products(lanes, pairs, sums, width, left, step, right, panel, length, panel
       )  # fmt: skip
 
 
-@numba.njit(cache=True)
+@numba.njit
 def _turn(x, b, first, depth, pairs, words, wide, turned):
   """Tokens of a head, in panels of `wide` tokens: word i of token m of panel p at (p * words + i) * wide + m."""
   for m in range(x.shape[1]):
@@ -196,7 +196,7 @@ def _turn(x, b, first, depth, pairs, words, wide, turned):
       turned[place + i * wide] = _word(row, first, depth, i, pairs)
 
 
-@numba.njit(cache=True)
+@numba.njit
 def _rows(x, b, first_row, count, first, depth, pairs, words, target):
   """Words of tokens of a head, row after row."""
   for t in range(count):
@@ -213,7 +213,7 @@ def _word(row, first, depth, i, pairs):
   return low | (np.uint32(row[first + 2 * i + 1]) << np.uint32(16)) if 2 * i + 1 < depth else low
 
 
-@numba.njit(cache=True)
+@numba.njit
 def _across(weights, tokens, count, pairs, words):
   """Words of what `count` queries give the same key: with `pairs`, those of two queries."""
   bits = weights.view(np.uint32)

@@ -148,7 +148,7 @@ def pack(lanes, pairs, numbers, at, step, length, count, size, words, place):
   _pack_rest(numbers, at + done * step, step, length - done, count, size, pairs, words, rest)
 
 
-@numba.njit(cache=True)
+@numba.njit
 def _pack_rest(numbers, at, step, length, count, size, pairs, words, place):
   for k in range(0, length, 2 if pairs else 1):
     # Loops over slices from 0 on become vector instructions.

@@ -222,7 +222,7 @@ def correlate(tile: int, vectors: int, lanes: int, pairs: bool) -> kernels.Kerne
   return kernel
 
 
-@numba.njit(cache=True)
+@numba.njit
 def _with_zeros(x, n, d0, h0, plan, deep, high, columns, extra):
   """The `deep` x `high` x `columns` voxels of volume n from (d0, h0, 0) on, counted with the zeros before it.
 
