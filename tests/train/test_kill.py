@@ -58,7 +58,7 @@ def test_killed_twenty_times_ends_bit_identical(tmp_path):
         restarted_at = lines
       if restarted_at is not None and lines >= restarted_at + steps:
         break
-      time.sleep(0.0005)
+      time.sleep(0.002)
     time.sleep(rng.uniform(0, 0.02))
     process.kill()
     process.join()
