@@ -291,12 +291,18 @@ def statistics(image: np.ndarray) -> Float[np.ndarray, " 36"]:
   return np.array(features)
 
 
-def hand_made(features: np.ndarray, quality: np.ndarray, rows: dict[str, np.ndarray]) -> np.ndarray:
-  """A support vector machine on `statistics`, its C chosen on the validation contents; scores of the test rows."""
+def hand_made(
+  features: np.ndarray, quality: np.ndarray, rows: dict[str, np.ndarray], more: list[tuple[np.ndarray, np.ndarray]]
+) -> np.ndarray:
+  """A support vector machine on `statistics`, its C chosen on the validation contents; scores of the test rows.
+
+  It learns from the training rows and from `more` features with their quality.
+  """
   best = (-2.0, np.zeros(0))
+  x, y = (np.concatenate(parts) for parts in zip((features[rows["train"]], quality[rows["train"]]), *more, strict=True))
   for c in (0.1, 1.0, 10.0, 100.0):
     machine = sklearn.pipeline.make_pipeline(sklearn.preprocessing.StandardScaler(), sklearn.svm.SVR(C=c))
-    machine.fit(features[rows["train"]], quality[rows["train"]])
+    machine.fit(x, y)
     value = correlations(machine.predict(features[rows["val"]]), quality[rows["val"]])[0]
     best = max(best, (value, machine.predict(features[rows["test"]])), key=lambda pair: pair[0])
   return best[1]
@@ -371,10 +377,12 @@ def main(config: Config) -> None:
   distorted = functools.partial(photographs.graded, distortions=chosen_kinds(config))
   data = distorted(photographs.CONTENTS, config.side)
   streets = street_scenes(config)
+  features, *others = (np.stack([statistics(image) for image in part.image]) for part in (data, *streets[-1:]))
+  more = [(other, part.quality) for other, part in zip(others, streets[-1:], strict=True)]
   names = NETWORKS if config.preset == "demo" else NETWORKS[:1]
   chosen: dict[str, float] = {}
   found: dict[str, list[tuple[float, float]]] = {}
-  picture = features = None
+  picture = None
   for seed in range(config.seeds):
     parts = photographs.split(seed=seed)._asdict()
     rows = {
@@ -405,8 +413,7 @@ def main(config: Config) -> None:
         chosen[name] = max(value, key=value.__getitem__)
         rich.print(f"{name}: SRCC on validation contents by rate {value}")
       report(name, predict(config, models[chosen[name]], [data.image[i] for i in rows["test"]]))
-    features = np.stack([statistics(image) for image in data.image]) if features is None else features
-    report("statistics", hand_made(features, data.quality, rows))
+    report("statistics", hand_made(features, data.quality, rows, more))
     for name, values in full_reference(data, rows["test"]).items():
       report(name, values)
     picture = picture or draw(config, data, rows["test"], scores)
