@@ -264,6 +264,7 @@ def result(frame, position, dtype, rank):
 
 
 # Kernels see bfloat16, which numba does not have, as `types.uint16`: the upper halves of float32 numbers.
+# What kernels close over is left to LLVM to inline: numba, inlining these, frees arrays that are still used.
 
 
 @register_jitable(fastmath=True, error_model="numpy")

@@ -117,16 +117,28 @@ def graded(
   Raises:
     ValueError: an argument out of range.
   """
-  pictures = {CONTENTS.index(name): photograph(name, side) for name in contents}
-  return graded_pictures(pictures, distortions=distortions, seed=seed)
+  if not contents:
+    raise ValueError("contents: got none, expected at least one")
+  pictures = [photograph(name, side) for name in contents]
+  numbers = map(CONTENTS.index, contents)
+  return graded_pictures(dict(zip(numbers, pictures, strict=True)), distortions=distortions, seed=seed)
 
 
 def graded_pictures(
   pictures: Mapping[int, UInt8[np.ndarray, "h w 3"]], *, distortions: Sequence[str] | None = None, seed: int = 0
 ) -> Graded:
-  """Host. The same of other pictures, by numbers that become their `content`."""
+  """Host. Distortions at every level of any pictures; grey ones are not saturated.
+
+  Args:
+    pictures: by number, which becomes their `content`.
+    distortions: of `DISTORTIONS`; None for all.
+    seed: of the noise; a picture's depends on its number too.
+
+  Raises:
+    ValueError: an argument out of range.
+  """
   if not pictures:
-    raise ValueError("contents: got none, expected at least one")
+    raise ValueError("pictures: got none, expected at least one")
   if distortions is not None and (not distortions or not set(distortions) <= set(DISTORTIONS)):
     raise ValueError(f"distortions: got {tuple(distortions)}, expected some of {', '.join(DISTORTIONS)}")
   checks.count("seed", seed, 0)

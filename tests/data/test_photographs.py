@@ -60,6 +60,8 @@ def test_noise_depends_on_seed_and_picture_alone():
     (lambda: photographs.photograph("dog"), "name: got 'dog'"),
     (lambda: photographs.photograph("cat", 300), "side: got 300"),
     (lambda: photographs.graded(()), "contents: got none"),
+    (lambda: photographs.graded(("dog",)), "name: got 'dog'"),
+    (lambda: photographs.graded_pictures({}), "pictures: got none"),
     (lambda: photographs.graded(("cat",), distortions=("fog",)), r"distortions: got \('fog',\)"),
     (lambda: photographs.split(val=8, test=8), "test: got 8"),
     (lambda: photographs.distort(np.zeros((9, 9, 3)), "JPEG", 1, np.random.default_rng(0)), "image: got float64"),
