@@ -181,8 +181,10 @@ def chosen_kinds(config: Config) -> tuple[str, ...] | None:
 
 def street_scenes(config: Config) -> list[photographs.Graded]:
   """Distorted frames of CamVid, evenly spaced, at each of the training sides that they reach."""
-  made = []
-  for side in sorted({min(side, 180) for side in config.train_sides}) if config.frames else ():
+  made: list[photographs.Graded] = []
+  if config.frames == 0:
+    return made
+  for side in sorted({min(side, 180) for side in config.train_sides}):
     image = camvid.load("train", (side, side * 4 // 3)).image
     checks.count("frames", config.frames, 1, len(image))
     chosen = np.linspace(0, len(image) - 1, config.frames).round().astype(int)
@@ -291,18 +293,12 @@ def statistics(image: np.ndarray) -> Float[np.ndarray, " 36"]:
   return np.array(features)
 
 
-def hand_made(
-  features: np.ndarray, quality: np.ndarray, rows: dict[str, np.ndarray], more: list[tuple[np.ndarray, np.ndarray]]
-) -> np.ndarray:
-  """A support vector machine on `statistics`, its C chosen on the validation contents; scores of the test rows.
-
-  It learns from the training rows and from `more` features with their quality.
-  """
+def hand_made(features: np.ndarray, quality: np.ndarray, rows: dict[str, np.ndarray]) -> np.ndarray:
+  """A support vector machine on `statistics`, its C chosen on the validation contents; scores of the test rows."""
   best = (-2.0, np.zeros(0))
-  x, y = (np.concatenate(parts) for parts in zip((features[rows["train"]], quality[rows["train"]]), *more, strict=True))
   for c in (0.1, 1.0, 10.0, 100.0):
     machine = sklearn.pipeline.make_pipeline(sklearn.preprocessing.StandardScaler(), sklearn.svm.SVR(C=c))
-    machine.fit(x, y)
+    machine.fit(features[rows["train"]], quality[rows["train"]])
     value = correlations(machine.predict(features[rows["val"]]), quality[rows["val"]])[0]
     best = max(best, (value, machine.predict(features[rows["test"]])), key=lambda pair: pair[0])
   return best[1]
@@ -377,8 +373,10 @@ def main(config: Config) -> None:
   distorted = functools.partial(photographs.graded, distortions=chosen_kinds(config))
   data = distorted(photographs.CONTENTS, config.side)
   streets = street_scenes(config)
-  features, *others = (np.stack([statistics(image) for image in part.image]) for part in (data, *streets[-1:]))
-  more = [(other, part.quality) for other, part in zip(others, streets[-1:], strict=True)]
+  described = [data, *streets[-1:]]  # what the statistics learn from, too
+  features = np.stack([statistics(image) for part in described for image in part.image])
+  quality = np.concatenate([part.quality for part in described])
+  frames = np.arange(len(data.image), len(features))
   names = NETWORKS if config.preset == "demo" else NETWORKS[:1]
   chosen: dict[str, float] = {}
   found: dict[str, list[tuple[float, float]]] = {}
@@ -413,7 +411,7 @@ def main(config: Config) -> None:
         chosen[name] = max(value, key=value.__getitem__)
         rich.print(f"{name}: SRCC on validation contents by rate {value}")
       report(name, predict(config, models[chosen[name]], [data.image[i] for i in rows["test"]]))
-    report("statistics", hand_made(features, data.quality, rows, more))
+    report("statistics", hand_made(features, quality, rows | {"train": np.append(rows["train"], frames)}))
     for name, values in full_reference(data, rows["test"]).items():
       report(name, values)
     picture = picture or draw(config, data, rows["test"], scores)

@@ -49,6 +49,8 @@ _VERSION_MAJOR, _VERSION_MINOR = 0, 3  # of the interface described here
 # Words of the block that the threads of one call share.
 _NEXT, _FINISHED, _OWNERS, _FRAME, _ITEMS, _KERNEL, _BLOCK_BYTES = 0, 1, 2, 3, 4, 5, 48
 
+_OPTIONS = {"fastmath": True, "error_model": "numpy"}  # of kernels and of what they close over
+
 _word = types.int64
 
 
@@ -147,7 +149,7 @@ def added(parts: jax.Array) -> jax.Array:
 def _register(kernel: Kernel) -> str:
   """Compiles a kernel and its C entry point, and names it to XLA."""
   target = f"jaxlab.{kernel.name}"
-  function = numba.cfunc(types.void(_word, _word), cache=True, fastmath=True, error_model="numpy")(kernel.function)
+  function = numba.cfunc(types.void(_word, _word), cache=True, **_OPTIONS)(kernel.function)
   run, task = _runtime()
   addresses = run.address, function.address, task.address
 
@@ -267,13 +269,13 @@ def result(frame, position, dtype, rank):
 # What kernels close over is left to LLVM to inline: numba, inlining these, frees arrays that are still used.
 
 
-@register_jitable(fastmath=True, error_model="numpy")
+@register_jitable(**_OPTIONS)
 def same(value):
   """Inside a kernel: a number of a float32 operand."""
   return value
 
 
-@register_jitable(fastmath=True, error_model="numpy")
+@register_jitable(**_OPTIONS)
 def widened(value):
   """Inside a kernel: the number whose bits a bfloat16 operand holds."""
   return np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
@@ -290,14 +292,14 @@ def rounded(word):
   return np.uint32(0x7FC0) if unordered else np.uint32(nearest)
 
 
-@register_jitable(fastmath=True, error_model="numpy")
+@register_jitable(**_OPTIONS)
 def write(sums, target):
   """Inside a kernel: copies float32 numbers to a result."""
   for v in range(len(sums)):
     target[v] = sums[v]
 
 
-@register_jitable(fastmath=True, error_model="numpy")
+@register_jitable(**_OPTIONS)
 def write_rounded(sums, target):
   """Inside a kernel: `rounded` numbers to a bfloat16 result."""
   bits = sums.view(np.uint32)

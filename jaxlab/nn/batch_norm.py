@@ -200,7 +200,8 @@ def _sums(narrow: bool) -> kernels.Kernel:
         value = read(x[i, c])
         first[c] += value
         second[c] += value * value
-    sums[item, 0], sums[item, 1] = first, second
+    kernels.write(first, sums[item, 0])
+    kernels.write(second, sums[item, 1])
 
   return kernel
 
@@ -224,7 +225,8 @@ def _gradient(narrow: bool, slope: float) -> kernels.Kernel:
         gz = gz if a[c] * value + b[c] > 0 else low * gz
         first[c] += gz
         second[c] += gz * value
-    sums[item, 0], sums[item, 1] = first, second
+    kernels.write(first, sums[item, 0])
+    kernels.write(second, sums[item, 1])
 
   return kernel
 
@@ -259,6 +261,7 @@ def _maxima(narrow: bool) -> kernels.Kernel:
           where[c] = types.int32(k) if better else where[c]
       for c in range(channels):
         top[m, c], place[m, c] = best[c] * sign[c], where[c]
-    sums[item, 0], sums[item, 1] = first, second
+    kernels.write(first, sums[item, 0])
+    kernels.write(second, sums[item, 1])
 
   return kernel
