@@ -141,8 +141,7 @@ def networks(config: Config) -> dict[str, Any]:
 
 def parameters(model: Any, side: int, channels: int = 1) -> int:
   """How many."""
-  with kernels.disabled():
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, side, side, side, channels)))
+  shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, side, side, side, channels)))
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 

@@ -27,10 +27,12 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
+import jax.extend as jex
 import jax.numpy as jnp
 import llvmlite.binding
 import numba
 import numpy as np
+from jax.interpreters import batching, mlir
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -71,7 +73,7 @@ _off = contextvars.ContextVar("jaxlab_kernels_off", default=False)
 def disabled() -> Iterator[None]:
   """Functions traced for the first time in here take XLA's own operations on CPU too.
 
-  XLA can split these over devices, which it cannot do to a host kernel; and shapes alone need no kernel compiled.
+  XLA can split these over devices, which it cannot do to a host kernel.
   """
   token = _off.set(True)
   try:
@@ -127,6 +129,9 @@ def kernel(name: str) -> Callable[[Callable], Kernel]:
 def call(kernel: Kernel, results: Sequence[jax.ShapeDtypeStruct], *operands: jax.Array, items: int) -> list[jax.Array]:
   """Runs a kernel for every item.
 
+  The kernel is compiled when a program that needs its results is lowered: shapes alone, or the initialisation of a
+  network, compile none.
+
   Args:
     kernel: what to run.
     results: shapes and dtypes of the results.
@@ -136,8 +141,9 @@ def call(kernel: Kernel, results: Sequence[jax.ShapeDtypeStruct], *operands: jax
   Returns:
     One array per entry of `results`.
   """
-  target = _register(kernel)
-  return list(jax.ffi.ffi_call(target, list(results), vmap_method="sequential")(*operands, items=np.int64(items)))
+  first = _compiled.bind(operands[0], kernel=kernel)
+  run = jax.ffi.ffi_call(_target(kernel), list(results), vmap_method="sequential")
+  return list(run(first, *operands[1:], items=np.int64(items)))
 
 
 def added(parts: jax.Array) -> jax.Array:
@@ -145,10 +151,13 @@ def added(parts: jax.Array) -> jax.Array:
   return sum((parts[i] for i in range(1, len(parts))), start=parts[0])
 
 
+def _target(kernel):
+  return f"jaxlab.{kernel.name}"
+
+
 @functools.cache
-def _register(kernel: Kernel) -> str:
+def _register(kernel: Kernel) -> None:
   """Compiles a kernel and its C entry point, and names it to XLA."""
-  target = f"jaxlab.{kernel.name}"
   function = numba.cfunc(types.void(_word, _word), cache=True, **_OPTIONS)(kernel.function)
   run, task = _runtime()
   addresses = run.address, function.address, task.address
@@ -158,9 +167,8 @@ def _register(kernel: Kernel) -> str:
   def handler(frame):
     return _call_3(addresses[0], frame, addresses[1], addresses[2])
 
-  jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler.ctypes), platform="cpu")
+  jax.ffi.register_ffi_target(_target(kernel), jax.ffi.pycapsule(handler.ctypes), platform="cpu")
   _keep_alive.append((function, handler))
-  return target
 
 
 @functools.cache
@@ -169,6 +177,29 @@ def _runtime():
 
 
 _keep_alive: list = []  # XLA holds bare addresses
+
+
+# The identity, of a kernel's first operand; it is lowered, or evaluated, where the kernel is about to be.
+_compiled = jex.core.Primitive("compiled")
+_compiled.def_abstract_eval(lambda operand, kernel: operand)
+
+
+@_compiled.def_impl
+def _evaluate(operand, kernel):
+  _register(kernel)
+  return operand
+
+
+def _lower(context, operand, kernel):
+  return [_evaluate(operand, kernel)]
+
+
+def _batch(operands, axes, kernel):
+  return _compiled.bind(*operands, kernel=kernel), *axes
+
+
+mlir.register_lowering(_compiled, _lower)
+batching.primitive_batchers[_compiled] = _batch
 
 
 # Memory and calls by address, for which numba's Python has no words.

@@ -67,6 +67,28 @@ def test_vmap_runs_the_kernel_for_each_element():
   np.testing.assert_array_equal(y, x)
 
 
+def test_a_kernel_is_compiled_only_where_its_results_are_used(monkeypatch):
+  @kernels.kernel("test.double")
+  def double(item, frame):
+    kernels.result(frame, 0, types.float32, 1)[item] = 2 * kernels.operand(frame, 0, types.float32, 1)[item]
+
+  def fail(*args, **kwargs):
+    raise AssertionError("compiled")
+
+  x = jnp.arange(3.0)
+  function = lambda x: kernels.call(double, [jax.ShapeDtypeStruct(x.shape, x.dtype)], x, items=3)[0]
+  with monkeypatch.context() as patch:
+    patch.setattr(kernels.numba, "cfunc", fail)
+    assert jax.eval_shape(function, x).shape == (3,)
+    np.testing.assert_array_equal(jax.jit(lambda x: (function(x), x + 1)[1])(x), x + 1)
+    with pytest.raises(AssertionError, match="compiled"):
+      function(x)
+    with pytest.raises(AssertionError, match="compiled"):
+      jax.jit(function).lower(x)
+  np.testing.assert_array_equal(function(x), 2 * x)
+  np.testing.assert_array_equal(jax.vmap(function)(jnp.stack([x, 3 * x])), [2 * x, 6 * x])
+
+
 def test_another_interface_version_is_not_used(tmp_path, monkeypatch):
   header = tmp_path / "xla/ffi/api/c_api.h"
   header.parent.mkdir(parents=True)

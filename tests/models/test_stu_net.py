@@ -7,15 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlab import interop, kernels
+from jaxlab import interop
 from jaxlab.models import stu_net
 
 EVERY = (5, 3, 2, 1, 1)  # the recorded voxels of each scale
 
 
 def shapes(model, x):
-  with kernels.disabled():
-    return jax.eval_shape(model.init, jax.random.key(0), x)
+  return jax.eval_shape(model.init, jax.random.key(0), x)
 
 
 def filled(model, x):
@@ -94,8 +93,7 @@ def test_heads_at_five_scales_and_a_tree_that_strides_do_not_change():
   model = narrow()
 
   def both(model, sides):
-    with kernels.disabled():
-      return jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x), jnp.zeros((2, *sides, 1)))
+    return jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x), jnp.zeros((2, *sides, 1)))
 
   outputs, variables = both(model, (64, 64, 64))
   assert [o.shape for o in outputs] == [(2, n, n, n, 3) for n in (64, 32, 16, 8, 4)]

@@ -32,7 +32,7 @@ def records(workdir):
 def test_killed_twenty_times_ends_bit_identical(tmp_path):
   # Children fork from a server that has imported everything but started no JAX backend: a start costs no import.
   context = multiprocessing.get_context("forkserver")
-  context.set_forkserver_preload(["digits_run"])
+  context.set_forkserver_preload(["digits_run", "tensorboardX"])
 
   def start(name):
     process = context.Process(target=digits_run.main, args=(tmp_path / name, STEPS, SAVE_EVERY, tmp_path / "cache"))
