@@ -13,8 +13,8 @@ scores, and the share of pixels that are right.
 
 import dataclasses
 import pathlib
-import sys
 import time
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -126,7 +126,10 @@ class Config:
   """Each run has its folder in here and resumes from it."""
 
 
-PAPER = Config("camvid", "paper", 360, 480, (352, 480), 4600, 8, 1e-3, 0.01, 0.2, "bfloat16")
+PRESETS = {
+  "demo": Config(),
+  "paper": Config("camvid", "paper", 360, 480, (352, 480), 4600, 8, 1e-3, 0.01, 0.2, "bfloat16"),
+}
 
 
 class Task(NamedTuple):
@@ -320,13 +323,13 @@ def main(config: Config) -> None:
   rich.print(f"{path}\n{draw(config, measured, shown, task)}")
 
 
-def parse(args: Any = None) -> Config:
-  """The command line; `--preset paper` and `--dataset` decide what the other options default to."""
-  words = list(sys.argv[1:] if args is None else args)
-  default = PAPER if "paper" in words else Config()
-  if any(word.startswith("aerial") for word in words):
+def parse(args: Sequence[str] | None = None) -> Config:
+  """The config of a command; the preset and the data give the defaults."""
+  first = tyro.cli(Config, args=args, description=__doc__)
+  default = PRESETS[first.preset]
+  if first.dataset.startswith("aerial"):
     default = dataclasses.replace(default, height=128, width=128, crop=(128, 128))
-  return tyro.cli(Config, args=words, default=default, description=__doc__)
+  return tyro.cli(Config, args=args, default=default, description=__doc__)
 
 
 if __name__ == "__main__":

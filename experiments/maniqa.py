@@ -20,8 +20,8 @@ of 20 random crops.
 import dataclasses
 import functools
 import pathlib
-import sys
 import time
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -88,18 +88,21 @@ class Config:
   """Each run has its folder in here and resumes from it."""
 
 
-# 300 epochs of KADID-10k; the flip of its code turns pictures upside down.
-PAPER = Config(
-  preset="paper",
-  distortions="all",
-  side=288,
-  train_sides=(288,),
-  size=224,
-  steps=303_600,
-  batch_size=8,
-  learning_rates=(1e-5,),
-  flip=0.7,
-)
+PRESETS = {
+  "demo": Config(),
+  # 300 epochs of KADID-10k; the flip of its code turns pictures upside down.
+  "paper": Config(
+    preset="paper",
+    distortions="all",
+    side=288,
+    train_sides=(288,),
+    size=224,
+    steps=303_600,
+    batch_size=8,
+    learning_rates=(1e-5,),
+    flip=0.7,
+  ),
+}
 
 
 class Convolutions(nn.Module):
@@ -438,11 +441,10 @@ def main(config: Config) -> None:
   rich.print(f"{path}\n{picture}")
 
 
-def parse(args: Any = None) -> Config:
-  """The command line; `--preset paper` decides what the other options default to."""
-  words = list(sys.argv[1:] if args is None else args)
-  default = PAPER if "paper" in words else Config()
-  return tyro.cli(Config, args=words, default=default, description=__doc__)
+def parse(args: Sequence[str] | None = None) -> Config:
+  """The config of a command; the preset gives the defaults."""
+  name = tyro.cli(Config, args=args, description=__doc__).preset
+  return tyro.cli(Config, args=args, default=PRESETS[name], description=__doc__)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ several facts change at once, and the memory and time of an edit against the siz
 import dataclasses
 import functools
 import pathlib
-import sys
 import time
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -466,11 +466,10 @@ def _seconds(run: Any, times: int = 7) -> float:
   return float(np.median(taken))
 
 
-def parse(args: Any = None) -> Config:
-  """The command line; `--preset` decides what the other options default to."""
-  words = list(sys.argv[1:] if args is None else args)
-  preset = words[words.index("--preset") + 1] if "--preset" in words[:-1] else "demo"
-  return tyro.cli(Config, args=words, default=PRESETS.get(preset, DEMO), description=__doc__)
+def parse(args: Sequence[str] | None = None) -> Config:
+  """The config of a command; the preset gives the defaults."""
+  name = tyro.cli(Config, args=args, description=__doc__).preset
+  return tyro.cli(Config, args=args, default=PRESETS[name], description=__doc__)
 
 
 if __name__ == "__main__":

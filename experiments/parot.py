@@ -21,9 +21,8 @@ import dataclasses
 import functools
 import json
 import pathlib
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -83,7 +82,10 @@ class Config:
   """Each run has its folder in here and resumes from it."""
 
 
-PAPER = Config("paper", clouds=9843, num_points=1024, steps=250 * 307, batch_size=32, learning_rate=1e-3)
+PRESETS = {
+  "demo": Config(),
+  "paper": Config("paper", clouds=9843, num_points=1024, steps=250 * 307, batch_size=32, learning_rate=1e-3),
+}
 
 
 class PointNet(nn.Module):
@@ -385,13 +387,13 @@ def main(config: Config) -> None:
   rich.print(f"{path}\n{draw(config, bars, shown)}")
 
 
-def parse(args: Any = None) -> Config:
-  """The command line; `--preset paper` decides what the other options default to."""
-  words = list(sys.argv[1:] if args is None else args)
-  default = Config()
-  if "paper" in words:
-    default = dataclasses.replace(PAPER, num_points=2048) if "parts" in words else PAPER
-  return tyro.cli(Config, args=words, default=default, description=__doc__)
+def parse(args: Sequence[str] | None = None) -> Config:
+  """The config of a command; the preset and the task give the defaults."""
+  first = tyro.cli(Config, args=args, description=__doc__)
+  default = PRESETS[first.preset]
+  if first.preset == "paper" and first.task == "parts":
+    default = dataclasses.replace(default, num_points=2048)
+  return tyro.cli(Config, args=args, default=default, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ logarithm's change from one record to the next, over the second half of training
 import dataclasses
 import functools
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -425,11 +424,10 @@ def main(config: Config) -> None:
   rich.print(draw_grid(rows, folder / "samples.png"))
 
 
-def parse(args: Any = None) -> Config:
-  """The command line; `--preset` decides what the other options default to."""
-  words = list(sys.argv[1:] if args is None else args)
-  preset = words[words.index("--preset") + 1] if "--preset" in words[:-1] else "demo"
-  return tyro.cli(Config, args=words, default=PRESETS.get(preset, PRESETS["demo"]), description=__doc__)
+def parse(args: Sequence[str] | None = None) -> Config:
+  """The config of a command; the preset gives the defaults."""
+  name = tyro.cli(Config, args=args, description=__doc__).preset
+  return tyro.cli(Config, args=args, default=PRESETS[name], description=__doc__)
 
 
 if __name__ == "__main__":

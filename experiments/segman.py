@@ -11,8 +11,8 @@ intersection over union (mIoU) of all classes over the test images, and that of 
 
 import dataclasses
 import pathlib
-import sys
 import time
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -65,7 +65,7 @@ class Config:
   """Each run has its folder in here and resumes from it."""
 
 
-PAPER = Config("paper", 512, 20_000, 160_000, 16, 6e-5, 10.0, "bfloat16")
+PRESETS = {"demo": Config(), "paper": Config("paper", 512, 20_000, 160_000, 16, 6e-5, 10.0, "bfloat16")}
 
 
 def network(config: Config, name: str) -> segman.SegMAN:
@@ -196,11 +196,10 @@ def main(config: Config) -> None:
   rich.print(f"{path}\n{draw(config, scores, shown)}")
 
 
-def parse(args: Any = None) -> Config:
-  """The command line; `--preset paper` decides what the other options default to."""
-  words = list(sys.argv[1:] if args is None else args)
-  default = PAPER if "paper" in words else Config()
-  return tyro.cli(Config, args=words, default=default, description=__doc__)
+def parse(args: Sequence[str] | None = None) -> Config:
+  """The config of a command; the preset gives the defaults."""
+  name = tyro.cli(Config, args=args, description=__doc__).preset
+  return tyro.cli(Config, args=args, default=PRESETS[name], description=__doc__)
 
 
 if __name__ == "__main__":

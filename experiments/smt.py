@@ -10,7 +10,6 @@ test images are seen once, at the end. The paper preset is the published recipe,
 as the literature does. Every process of a run over several hosts starts this script with its own JAX_PROCESS_ID.
 """
 
-import argparse
 import dataclasses
 import functools
 import pathlib
@@ -391,11 +390,9 @@ def main(config: Config) -> None:
 
 
 def parse(args: Sequence[str] | None = None) -> Config:
-  """The command line; `--preset` decides what the other options default to."""
-  first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-  first.add_argument("--preset", default="small")
-  preset = first.parse_known_args(args)[0].preset
-  return tyro.cli(Config, args=args, default=PRESETS.get(preset, PRESETS["small"]), description=__doc__)
+  """The config of a command; the preset gives the defaults."""
+  name = tyro.cli(Config, args=args, description=__doc__).preset
+  return tyro.cli(Config, args=args, default=PRESETS[name], description=__doc__)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import functools
 import itertools
 import math
 import pathlib
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -83,9 +82,12 @@ class Config:
   """Each run has its folder in here and resumes from it."""
 
 
-PAPER = Config(
-  "paper", width=16, side=96, spacing=1, steps=250_000, learning_rate=0.01, optimizer="sgd", dtype="bfloat16"
-)
+PRESETS = {
+  "demo": Config(),
+  "paper": Config(
+    "paper", width=16, side=96, spacing=1, steps=250_000, learning_rate=0.01, optimizer="sgd", dtype="bfloat16"
+  ),
+}
 
 
 class PlainUNet(nn.Module):
@@ -397,11 +399,10 @@ def main(config: Config) -> None:
   rich.print(f"{path}\n{draw(config, scores, first)}")
 
 
-def parse(args: Any = None) -> Config:
-  """The command line; `--preset paper` decides what the other options default to."""
-  words = list(sys.argv[1:] if args is None else args)
-  default = PAPER if "paper" in words else Config()
-  return tyro.cli(Config, args=words, default=default, description=__doc__)
+def parse(args: Sequence[str] | None = None) -> Config:
+  """The config of a command; the preset gives the defaults."""
+  name = tyro.cli(Config, args=args, description=__doc__).preset
+  return tyro.cli(Config, args=args, default=PRESETS[name], description=__doc__)
 
 
 if __name__ == "__main__":
