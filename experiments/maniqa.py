@@ -11,7 +11,7 @@ levels, whose quality is the level. Contents to train on, to choose a learning r
 networks start from noise, but for the vision transformers' patch embedding, a whitening of the training patches that
 stands in for the paper's pre-training on ImageNet. They see the same crops in the same order for as many steps, and
 choose from the same rates.
-Beside MANIQA: the same backbone without channel attention and Swin stages; a plain convolutional network; natural scene
+Beside MANIQA: a linear score of the mean over the same backbone's patches; a plain convolutional network; natural scene
 statistics as in BRISQUE with a support vector machine; and PSNR and SSIM, which know the undistorted picture.
 Reported are Spearman's (SRCC) and Pearson's (PLCC) correlation over all test pictures, a picture's score being the mean
 of 20 random crops.
@@ -47,7 +47,8 @@ from jaxlab.nn.conv import Conv
 from jaxlab.train import figures
 
 FOUR = ("gaussian blur", "white noise", "JPEG", "block shuffle")
-NETWORKS = ("MANIQA", "backbone alone", "convolutions")
+_FRAME_SIDE = 180  # of CamVid as it is stored, the shorter one
+NETWORKS = ("MANIQA", "pooled backbone", "convolutions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +120,24 @@ class Convolutions(nn.Module):
     return nn.Dense(1, bias_init=nn.initializers.constant(0.5), dtype=self.dtype)(x.mean((1, 2)))[:, 0]
 
 
+class PooledBackbone(nn.Module):
+  """MANIQA's vision transformer, the mean over patches, and a linear score. Attributes as in `maniqa.MANIQA`."""
+
+  width: int
+  num_heads: int
+  patch_size: int
+  mlp_ratio: float
+  taps: Sequence[int]
+  dtype: jax.typing.DTypeLike = "float32"
+
+  @nn.compact
+  def __call__(self, images: Float[Array, "b s s 3"], *, train: bool = False) -> Float[Array, " b"]:
+    """Args: images. Returns scores."""
+    sizes = self.width, self.num_heads, self.patch_size, self.mlp_ratio, self.taps
+    x = maniqa.Backbone(*sizes, dtype=self.dtype, name="backbone")(images.astype(self.dtype))
+    return nn.Dense(1, bias_init=nn.initializers.constant(0.5), dtype=self.dtype)(x.mean(1))[:, 0]
+
+
 def network(config: Config, name: str) -> nn.Module:
   """A model of crops."""
   if name == "convolutions":
@@ -127,9 +146,11 @@ def network(config: Config, name: str) -> nn.Module:
   if config.preset == "demo":
     options |= {"image_size": config.size, "width": 48, "num_heads": 4, "taps": (0, 1), "mlp_width": 48, "window": 3}
     options |= {"num_tab": 1, "depths": (2,), "stage_heads": (4,), "dropout": 0.0, "drop_path": 0.0}
-  if name == "backbone alone":
-    options |= {"num_tab": 0, "depths": (), "stage_heads": ()}
-  return maniqa.base(**options)
+  whole = maniqa.base(**options)
+  if name == "pooled backbone":
+    sizes = whole.width, whole.num_heads, whole.patch_size, whole.mlp_ratio, whole.taps
+    return PooledBackbone(*sizes, dtype=config.dtype)
+  return whole
 
 
 def schedule(config: Config, peak: float) -> optax.Schedule:
@@ -163,7 +184,7 @@ def learner(config: Config, model: nn.Module, rate: float, embedding: Any = None
     adamw = optax.adamw(schedule(config, rate), weight_decay=config.weight_decay, mask=train.decay_mask)
     tx = optax.chain(optax.clip_by_global_norm(1.0), adamw)
   made = train.supervised(model, loss, tx)
-  if not isinstance(model, maniqa.MANIQA):
+  if isinstance(model, Convolutions):
     return made
   start = {} if embedding is None else {"patch_embed": embedding}
   if config.backbone is not None:
@@ -187,7 +208,7 @@ def street_scenes(config: Config) -> list[photographs.Graded]:
   made: list[photographs.Graded] = []
   if config.frames == 0:
     return made
-  for side in sorted({min(side, 180) for side in config.train_sides}):
+  for side in sorted({min(side, _FRAME_SIDE) for side in config.train_sides}):
     image = camvid.load("train", (side, side * 4 // 3)).image
     checks.count("frames", config.frames, 1, len(image))
     chosen = np.linspace(0, len(image) - 1, config.frames).round().astype(int)
@@ -230,7 +251,7 @@ def fitted(config: Config, name: str, rate: float, seed: int, data: list[photogr
     return {"image": normalised(np.stack(crops)), "quality": quality[chosen].astype(np.float32)}
 
   embedding = None
-  if isinstance(model, maniqa.MANIQA) and config.preset == "demo":
+  if not isinstance(model, Convolutions) and config.preset == "demo":
     side = model.patch_size
     many = np.concatenate([batch(config.steps + i)["image"] for i in range(20)])
     patches = many.reshape(len(many), config.size // side, side, config.size // side, side, 3).swapaxes(2, 3)
@@ -276,7 +297,8 @@ def generalised_gaussian(x: np.ndarray) -> list[float]:
   moment *= (ratio**3 + 1) * (ratio + 1) / (ratio**2 + 1) ** 2
   shapes, moments = _shapes()
   shape = shapes[np.argmin(np.abs(moments - moment))]
-  mean = (right - left) * np.exp(scipy.special.gammaln(2 / shape) - scipy.special.gammaln(1 / shape))
+  log_gamma = scipy.special.gammaln
+  mean = (right - left) * np.exp(log_gamma(2 / shape) - (log_gamma(1 / shape) + log_gamma(3 / shape)) / 2)
   return [float(shape), float(mean), float(left), float(right)]
 
 
@@ -368,7 +390,13 @@ def main(config: Config) -> None:
   checks.count("seeds", config.seeds)
   checks.count("steps", config.steps, 10)
   checks.count("frames", config.frames, 0)
-  checks.count("size", config.size, 16, min(config.side, *config.train_sides))
+  sides = (config.side, *config.train_sides, *([_FRAME_SIDE] if config.frames else []))
+  checks.count("size", config.size, 16, min(sides))
+  window = 8 * (3 if config.preset == "demo" else 4)
+  if config.size % 8 or config.size % min(window, config.size):
+    raise ValueError(f"size: got {config.size}, expected a multiple of {window}, the pixels of a window")
+  if config.backbone is not None and config.preset == "demo":
+    raise ValueError(f"backbone: got {config.backbone}, expected none for the demo's small network")
   if not config.learning_rates:
     raise ValueError("learning_rates: got none, expected at least one")
   if finished := train.result.finished_result(config.workdir / folder(config), config):

@@ -302,7 +302,7 @@ class MANIQA(nn.Module):
     if images.shape[1:3] != (self.image_size, self.image_size):
       size = f"{images.shape[1]}x{images.shape[2]}"
       raise ValueError(f"images: got {size} pixels, expected image_size, {self.image_size}, squared")
-    if self.num_heads < 1 or self.width % (2 * self.num_heads):
+    if self.num_heads < 1 or self.width % 2 or self.width % self.num_heads:
       raise ValueError(f"width: got {self.width}, expected a multiple of 2 and of {self.num_heads} heads")
     if not self.taps or min(self.taps) < 0:
       raise ValueError(f"taps: got {self.taps}, expected numbers of blocks, from 0")
@@ -345,9 +345,10 @@ def random_crops(
     count: N; 20 for a picture in the official code.
 
   Raises:
-    ValueError: an image that is too small.
+    ValueError: an image that is too small, no crops.
   """
   _check_crop(image, size)
+  checks.count("count", count)
   high = jnp.array([image.shape[0] - size + 1, image.shape[1] - size + 1])
   places = jax.random.randint(key, (count, 2), 0, high)
   return jax.vmap(lambda at: jax.lax.dynamic_slice(image, (at[0], at[1], 0), (size, size, image.shape[2])))(places)
@@ -383,12 +384,13 @@ def ensemble_score(
     The mean, in float32.
 
   Raises:
-    ValueError: an image that is too small.
+    ValueError: an image that is too small, no crops.
   """
   return score(random_crops(key, image, size, count)).astype(jnp.float32).mean()
 
 
 def _check_crop(image: Array, size: int) -> None:
+  checks.count("size", size)
   if image.ndim != 3 or min(image.shape[:2]) < size:
     raise ValueError(f"image: got shape {image.shape}, expected [H, W, C] with sides of at least {size}")
 

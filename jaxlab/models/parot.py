@@ -463,29 +463,38 @@ def objective(
 
   Args:
     label: of the batch's entry with the targets, class numbers [B] or parts [B, N].
-    label_smoothing: e; the target is 1 - e, the other C - 1 classes share e.
+    label_smoothing: e; the target is 1 - e, the other C - 1 classes share e. Less than (C - 1) / C.
     direction: w_dir, local and global.
     orthogonality: w_orth.
     invariance: w_inv; zero in the released code, though the paper lists the term.
 
   Returns:
     Of (outputs, batch): the loss and metrics; of outputs without siamese losses, as in evaluation, the cross entropy.
+
+  Raises:
+    ValueError: e out of range, weights that are not two.
   """
   checks.rate("label_smoothing", label_smoothing)
+  weights = {"direction": direction, "orthogonality": orthogonality, "invariance": invariance}
+  for name, pair in weights.items():
+    if len(pair) != 2:
+      raise ValueError(f"{name}: got {pair}, expected a weight of the local and one of the global scale")
 
   def loss(outputs: Any, batch: Any) -> tuple[Float[Array, ""], train.learner.Metrics]:
     logits, siamese = outputs if isinstance(outputs, tuple) else (outputs, None)
     classes = logits.shape[-1]
     # `cross_entropy` shares its e among all C classes, the target included.
     smoothing = label_smoothing * classes / (classes - 1) if classes > 1 else 0.0
+    if smoothing >= 1:
+      raise ValueError(f"label_smoothing: got {label_smoothing}, expected less than {1 - 1 / classes:.3g}, (C - 1) / C")
     entropy = train.cross_entropy(label_smoothing=smoothing, labels=lambda batch: batch[label])
     value, metrics = entropy(logits, batch)
     if siamese is None:
       return value, metrics
     metrics = dict(metrics, cross_entropy=value)
-    for name, weight in (("direction", direction), ("orthogonality", orthogonality), ("invariance", invariance)):
+    for name, pair in weights.items():
       terms = getattr(siamese, name)
-      value += (jnp.asarray(weight, jnp.float32) * terms).sum()
+      value += (jnp.asarray(pair, jnp.float32) * terms).sum()
       metrics |= {f"{name}_local": terms[0], f"{name}_global": terms[1]}
     return value, metrics
 

@@ -45,4 +45,4 @@ def linear_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
   """
   checks.rate("rate", rate)
   rates = np.linspace(0, rate, sum(depths))
-  return [stage.tolist() for stage in np.split(rates, np.cumsum(depths)[:-1])]
+  return [rates[stop - depth : stop].tolist() for depth, stop in zip(depths, np.cumsum(depths), strict=True)]

@@ -14,7 +14,8 @@ from jaxlab.models import parot
 def test_paper_preset_is_the_published_recipe():
   config = experiment.parse(["--preset", "paper"])
   assert (config.num_points, config.batch_size, config.learning_rate, config.steps) == (1024, 32, 1e-3, 76_750)
-  assert experiment.parse(["--preset", "paper", "--task", "parts"]).num_points == 2048
+  parts = experiment.parse(["--preset", "paper", "--task", "parts"])
+  assert (parts.num_points, parts.steps) == (2048, 109_250)
   data = experiment.load(experiment.Config(clouds=10, num_points=8), 0)
   assert experiment.network(config, "PaRot", data).width == 128
   assert not experiment.network(config, "without pose", data).restore_pose
@@ -44,8 +45,12 @@ def test_part_scores():
   found = experiment.best_parts(logits, clouds, ranges)
   np.testing.assert_array_equal(found, [[0, 0, 0, 1], [4, 4, 4, 4]])
   # First cloud: 2/3 and 1/2; second: part 2 missed, part 3 neither there nor found, part 4 found where it is not.
-  expected = np.mean([(2 / 3 + 1 / 2) / 2, (0 + 1 + 0) / 3])
-  np.testing.assert_allclose(experiment.instance_iou(found, clouds, ranges), expected)
+  expected = np.array([(2 / 3 + 1 / 2) / 2, (0 + 1 + 0) / 3])
+  np.testing.assert_allclose(experiment.ious(found, clouds, ranges), expected)
+  rows = np.array([0, 0, 0, 1])
+  clouds, logits = point_clouds.Clouds(*(a[rows] for a in clouds)), logits[rows]
+  scores = experiment.score(experiment.Config(task="parts"), logits, clouds, ranges)
+  np.testing.assert_allclose(list(scores.values()), [100 * expected[rows].mean(), 100 * expected.mean()])
 
 
 class Linear(nn.Module):
@@ -65,6 +70,7 @@ def test_runs_end_to_end_and_resumes(tmp_path, monkeypatch):
   folder = tmp_path / experiment.folder(config)
   result = json.loads((folder / "result.json").read_text())
   expected = {f"{name} {protocol}" for name in ("PaRot", "PointNet") for protocol in experiment.PROTOCOLS}
+  expected |= {f"{name}, mean of classes" for name in expected}
   assert expected | {"PaRot spread", "PaRot direction loss, local, last"} <= result["metrics"].keys()
   assert result["metrics"]["PaRot spread"]["mean"] > 0
   assert (folder / "protocols.png").stat().st_size > 10_000
@@ -81,6 +87,14 @@ def test_reads_clouds_from_a_file(tmp_path):
   data = experiment.load(config, 0)
   assert data.classes == 8 and data.ranges == point_clouds.part_ranges(point_clouds.PARTED)
   np.testing.assert_array_equal(data.train.points, made.points[:, :16])
+  # The first class may have the parts of the highest numbers.
+  arrays = {name: 7 - array if name.endswith("label") else array for name, array in arrays.items()}
+  arrays = {name: 16 - array if name.endswith("part") else array for name, array in arrays.items()}
+  np.savez(tmp_path / "back.npz", **arrays)
+  back = experiment.load(experiment.Config(task="parts", data=tmp_path / "back.npz", num_points=16), 0)
+  assert (
+    experiment.network(config, "PaRot", back).num_parts == 17 == experiment.network(config, "PaRot", data).num_parts
+  )
   np.savez(tmp_path / "other.npz", train_points=made.points)
   with pytest.raises(ValueError, match="data: got .*train_label"):
     experiment.load(experiment.Config(data=tmp_path / "other.npz"), 0)
@@ -90,7 +104,13 @@ def test_reads_clouds_from_a_file(tmp_path):
 
 @pytest.mark.parametrize(
   ("change", "message"),
-  [({"seeds": 0}, "seeds"), ({"steps": 5}, "steps"), ({"batch_size": 3000}, "batch_size"), ({"clouds": 40}, "clouds")],
+  [
+    ({"seeds": 0}, "seeds"),
+    ({"steps": 5}, "steps"),
+    ({"batch_size": 3000}, "batch_size"),
+    ({"clouds": 40}, "clouds"),
+    ({"published": "modelnet40"}, "published"),
+  ],
 )
 def test_bad_settings(change, message, tmp_path):
   with pytest.raises(ValueError, match=f"{message}.*: got "):

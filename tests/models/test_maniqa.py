@@ -203,6 +203,28 @@ def test_training_draws_noise():
   assert (one != other).mean() > 0.3
 
 
+def test_without_groups_there_are_no_stages():
+  x = np.zeros((1, 16, 16, 3), "float32")
+  shapes = jax.eval_shape(model(num_tab=0, depths=(), stage_heads=()).init, jax.random.key(0), x)
+  assert not [name for name in shapes["params"] if name.startswith(("stage", "tab"))]
+
+
+def test_drop_paths_grow_over_the_blocks_of_a_stage():
+  x = np.random.default_rng(0).standard_normal((64, 4, 4, 4)).astype("float32")
+  stage = maniqa.SwinStage((1, 1), (2, 2), 2, 4, 1.0, 0.0, 0.9)
+  params = jax.jit(stage.init)(jax.random.key(0), x)["params"]
+  # Without its convolution the first group is the identity; the second is one only where its block's paths are dropped.
+  params["group0_conv"] = jax.tree.map(jnp.zeros_like, params["group0_conv"])
+  kernel = np.zeros((3, 3, 4, 4), "float32")
+  kernel[1, 1] = np.eye(4)
+  params["group1_conv"] = {"kernel": jnp.asarray(kernel), "bias": jnp.zeros(4)}
+  y = jax.jit(lambda p: stage.apply({"params": p}, x, train=True, rngs={"dropout": jax.random.key(1)}))(params)
+  same = np.isclose(np.asarray(y), x + np.maximum(x, 0), atol=1e-6).all((1, 2, 3))
+  assert 0.6 < same.mean() < 0.95  # both paths of the block are dropped in 0.81 of the samples
+  whole = jax.jit(lambda p: stage.apply({"params": p}, x))(params)
+  assert not np.isclose(np.asarray(whole), x + np.maximum(x, 0), atol=1e-6).all((1, 2, 3)).any()
+
+
 def test_crops():
   rows, columns = np.mgrid[:7, :9]
   image = jnp.asarray(np.stack([rows, columns, 0 * rows], -1), "float32")
@@ -216,6 +238,10 @@ def test_crops():
   for call in (lambda: maniqa.random_crops(jax.random.key(0), image, 8), lambda: maniqa.five_crops(image, 8)):
     with pytest.raises(ValueError, match="image: got shape"):
       call()
+  with pytest.raises(ValueError, match="count: got 0"):
+    maniqa.random_crops(jax.random.key(0), image, 5, 0)
+  with pytest.raises(ValueError, match="size: got 0"):
+    maniqa.five_crops(image, 0)
 
 
 def test_ensemble_is_the_mean_over_crops():

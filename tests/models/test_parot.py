@@ -283,6 +283,10 @@ def test_training_returns_the_siamese_losses():
   expected = entropy + siamese.direction.sum() + siamese.orthogonality @ np.array([0.2, 0.1])
   np.testing.assert_allclose(value, expected + siamese.invariance @ np.array([0.5, 0.25]), rtol=1e-5)
   np.testing.assert_allclose(parot.objective()(logits, {"label": label})[0], entropy, rtol=1e-5)
+  with pytest.raises(ValueError, match=r"direction: got \(1.0,\)"):
+    parot.objective(direction=(1.0,))
+  with pytest.raises(ValueError, match="label_smoothing: got 0.6, expected less than 0.5"):
+    parot.objective(label_smoothing=0.6)(logits[:, :2], {"label": label % 2})
 
 
 # --------------------------------------------------------------------------------------------------------------- layers
@@ -322,3 +326,15 @@ def test_points_are_not_rounded_to_bfloat16():
   code = kept["encoder"][1]
   assert {x.dtype for x in (code.centres, code.pose, *code.frames)} == {jnp.dtype("float32")}
   assert code.local.dtype == jnp.bfloat16
+
+
+def test_hidden_poses_are_not_used():
+  points, known = normal(2, 20, 3), variables(TINY)
+  other = jax.tree_util.tree_map_with_path(
+    lambda path, x: -x if "scale_pose" in jax.tree_util.keystr(path) and x.ndim == 2 else x, known
+  )
+  moved = {}
+  for restore in (True, False):
+    apply = jax.jit(TINY.clone(restore_pose=restore).apply)
+    moved[restore] = np.abs(apply(known, points) - apply(other, points)).max()
+  assert moved[True] > 1e-3 and moved[False] == 0

@@ -35,6 +35,7 @@ def test_linear_rates_grow_over_all_blocks():
   rates = linear_rates(0.3, (1, 2, 1))
   assert [len(stage) for stage in rates] == [1, 2, 1]
   np.testing.assert_allclose(sum(rates, []), [0, 0.1, 0.2, 0.3])
+  assert linear_rates(0.3, ()) == []
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, float("nan")])
