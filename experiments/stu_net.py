@@ -4,11 +4,18 @@
     python experiments/stu_net.py --study scaling         # widths 4, 8 and 16
     python experiments/stu_net.py --study transfer        # a trained network in a new task, beside one from scratch
     python experiments/stu_net.py --memory                # bytes a device for STU-Net-H on 8 devices: docs/sharding.md
-    python experiments/stu_net.py --preset paper          # STU-Net-S and nnU-Net's recipe, on a host with GPUs
+    python experiments/stu_net.py --preset paper          # STU-Net-S at nnU-Net's settings, on a host with GPUs
 
 Scans of the MNI152 brain (`jaxlab.data.brain`) have noise, a field of varying brightness and contrasts of their own, so
 that no threshold on intensity does. All networks see the same patches in the same order, for as many steps and at
-the same rates. Reported is the Dice coefficient of each tissue over test scans, by overlapping mirrored patches.
+the same rates, but that a pretrained network may have a rate of its own in the new task. Reported is the Dice
+coefficient of each tissue over test scans, by overlapping mirrored patches.
+
+The preset "paper" has the published network, patches of 128^3, batches of 2, 1000 times 250 steps of SGD, rates and
+loss. Not as published: the data are these scans, which are padded with zeros to the size of a patch, and not
+TotalSegmentator, whose released weights took 4000 times 250 steps; the rate falls with each step, not with each 250;
+patches are mirrored, but not rotated, scaled, blurred or changed in intensity; bfloat16 stands for float16; a new task
+gets a fifth of the steps, not as many again.
 """
 
 import dataclasses
@@ -47,13 +54,14 @@ class Config:
   """What to run."""
 
   preset: Literal["demo", "paper"] = "demo"
-  """demo: a narrow network on patches of 64 mm; paper: STU-Net-S, 250,000 steps of SGD."""
+  """demo: a narrow network on patches of 64 mm; paper: STU-Net-S, 250,000 steps of SGD on patches of 128 mm."""
   study: Literal["networks", "scaling", "transfer"] = "networks"
   """Networks: STU-Net and plain U-Net; scaling: STU-Net of three widths; transfer: pretrained or not."""
   width: int = 8
   """Channels of the first stage; twice and half as many under scaling."""
   side: int = 32
-  """Of the patches, in voxels; a multiple of 16."""
+  """Of the patches, in voxels; even. Networks halve it as often as it goes, up to five times, but not to one voxel.
+  Scans that are smaller get zeros around them."""
   spacing: int = 2
   """Millimetres between voxels, 1 or 2."""
   scans: int = 8
@@ -66,6 +74,8 @@ class Config:
   """Patches a step."""
   learning_rate: float = 2e-3
   """At first; falls to 0 by (1 - step / steps)^0.9."""
+  transfer_rate: float = 2e-3
+  """The same of a pretrained network in the new task of transfer."""
   optimizer: Literal["adam", "sgd"] = "adam"
   """Adam, which is quicker in few steps, or nnU-Net's SGD with Nesterov momentum 0.99 and weight decay 3e-5."""
   mirror: bool = True
@@ -85,7 +95,15 @@ class Config:
 PRESETS = {
   "demo": Config(),
   "paper": Config(
-    "paper", width=16, side=96, spacing=1, steps=250_000, learning_rate=0.01, optimizer="sgd", dtype="bfloat16"
+    "paper",
+    width=16,
+    side=128,
+    spacing=1,
+    steps=250_000,
+    learning_rate=0.01,
+    transfer_rate=1e-3,
+    optimizer="sgd",
+    dtype="bfloat16",
   ),
 }
 
@@ -123,22 +141,34 @@ class PlainUNet(nn.Module):
     return tuple(outputs[::-1])
 
 
+def halvings(side: int) -> int:
+  """How often a network halves patches of this side, at most five times.
+
+  Raises:
+    ValueError: a side that is odd, or would leave a single voxel.
+  """
+  times = [k for k in range(1, 6) if side % 2**k == 0 and side // 2**k >= 2]
+  if not times:
+    raise ValueError(f"side: got {side}, expected an even number of at least 4")
+  return times[-1]
+
+
 def networks(config: Config) -> dict[str, Any]:
-  """Name -> model, all with outputs at several scales."""
-  halvings = min(5, int(math.log2(config.side)) - 1)  # to patches of two voxels a side, or four
+  """Name -> model, all with outputs at several scales. Raises a ValueError on a side that cannot be halved."""
+  times = halvings(config.side)
 
   def stu(width: int, **changes: Any) -> stu_net.STUNet:
-    shape = {"widths": stu_net.scaled_widths(width), "strides": stu_net.fit_strides([(2, 2, 2)] * halvings)}
+    shape = {"widths": stu_net.scaled_widths(width), "strides": stu_net.fit_strides([(2, 2, 2)] * times)}
     return stu_net.STUNet(**{"num_classes": 3, **shape, "deep_supervision": True, "dtype": config.dtype, **changes})
 
   if config.study == "scaling":
     return {f"width {w}": stu(w) for w in (config.width // 2, config.width, 2 * config.width)}
   if config.study == "transfer":
     return {"pretrained": stu(config.width), "new task": stu(config.width, num_classes=2, in_channels=2)}
-  # As many parameters, within a few percent: the deepest stages absorb the difference.
-  *own, last = stu_net.scaled_widths(config.width)[: halvings + 1]
-  deep = round(1.1 * last / 4) * 4
-  return {"STU-Net": stu(config.width), "plain U-Net": PlainUNet(3, (*own[:-1], deep, deep), config.dtype)}
+  # As many parameters, within a few percent, come with two deepest stages of this width, by the number of halvings.
+  deep = round(config.width * (18.5, 18.25, 18.0, 17.5, 15.75)[times - 1] / 4) * 4
+  own = stu_net.scaled_widths(config.width)[: times - 1]
+  return {"STU-Net": stu(config.width), "plain U-Net": PlainUNet(3, (*own, deep, deep), config.dtype)}
 
 
 def parameters(model: Any, side: int, channels: int = 1) -> int:
@@ -147,9 +177,9 @@ def parameters(model: Any, side: int, channels: int = 1) -> int:
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
-def optimizer(config: Config, steps: int) -> optax.GradientTransformation:
-  """As configured, after clipping at nnU-Net's norm of 12."""
-  rate = optax.polynomial_schedule(config.learning_rate, 0.0, 0.9, steps)
+def optimizer(config: Config, first: float, steps: int) -> optax.GradientTransformation:
+  """As configured, with rates from `first` to 0, after clipping at nnU-Net's norm of 12."""
+  rate = optax.polynomial_schedule(first, 0.0, 0.9, steps)
   clip = optax.clip_by_global_norm(12.0)
   if config.optimizer == "adam":
     return optax.chain(clip, optax.adamw(rate, weight_decay=3e-5))
@@ -188,6 +218,13 @@ def thresholds(train_scans: np.ndarray, label: np.ndarray, test_scans: np.ndarra
   return np.digitize(test_scans[..., 0], best)
 
 
+def padded(side: int, images: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Scans [N, X, Y, Z, C] and classes with zeros on both sides, up to the side of a patch, as `sliding_window` does."""
+  missing = [max(side - n, 0) for n in label.shape]
+  around = [(m // 2, m - m // 2) for m in missing]
+  return np.pad(images, ((0, 0), *around, (0, 0))), np.pad(label, around)
+
+
 def predict(config: Config, model: Any, variables: Any, images: np.ndarray) -> np.ndarray:
   """Classes of voxels, scan by scan."""
   probabilities = lambda x: jax.nn.softmax(model.apply(variables, x)[0].astype(jnp.float32))
@@ -208,11 +245,13 @@ def fit(
     seed: of weights and patches.
     images: scans [N, X, Y, Z, C].
     label: their classes.
-    start: variables to begin with, but for the heads; for a fifth of the steps then. None: fresh ones.
+    start: variables to begin with, but for the heads; None for fresh ones.
   """
   new = name in ("fine-tuned", "from scratch")
   steps = max(config.steps // 5, 10) if new else config.steps
-  learner = train.supervised(model, stu_net.segmentation_loss(), optimizer(config, steps))
+  rate = config.learning_rate if start is None else config.transfer_rate
+  learner = train.supervised(model, stu_net.segmentation_loss(), optimizer(config, rate, steps))
+  images, label = padded(config.side, images, label)
   if start is not None:
     fresh, step, evaluate, axis = learner
 
@@ -229,6 +268,8 @@ def fit(
   kept = train.result.settings(dataclasses.asdict(config) | {"network": name, "seed": seed})
   for key in ("workdir", "seeds", "memory", "variant", "mirror"):
     kept.pop(key)
+  if start is None:
+    kept.pop("transfer_rate")
   state = train.fit(
     learner,
     batch,
@@ -364,6 +405,7 @@ def main(config: Config) -> None:
   began = time.monotonic()
   if config.seeds < 1 or config.steps < 10:
     raise ValueError(f"seeds, steps: got {config.seeds}, {config.steps}, expected at least 1 and 10")
+  halvings(config.side)  # or says what is wrong with it
   scores: dict[str, list[list[float]]] = {}
   first: dict[str, np.ndarray] = {}
   for seed in range(config.seeds):

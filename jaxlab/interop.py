@@ -49,6 +49,7 @@ class Leaf(NamedTuple):
 
 
 Rule = tuple[Leaf, ...]
+_TORCH = (".pth", ".pt", ".bin", ".model", ".tar", ".ckpt")  # .model is nnU-Net's, .tar the end of .pth.tar
 
 
 def dense(prefix: str, bias: bool = True, spatial: int = 0) -> Rule:
@@ -243,8 +244,8 @@ def load(path: str | os.PathLike[str], key: str | None = None) -> dict[str, np.n
   """A state dict from a file.
 
   Args:
-    path: `.safetensors`, `.npz` (without pickles), or `.pth` / `.pt` / `.bin` (needs PyTorch; loaded with
-      `weights_only=True`, so that a file cannot run code).
+    path: `.safetensors`, `.npz` (without pickles), or what `torch.save` wrote as `.pth`, `.pt`, `.bin`, `.model`,
+      `.ckpt` or `.pth.tar` (needs PyTorch; loaded with `weights_only=True`, so that a file cannot run code).
     key: entry of a training checkpoint that holds the state dict, e.g. "model" or "state_dict". Torch files only.
 
   Returns:
@@ -256,7 +257,7 @@ def load(path: str | os.PathLike[str], key: str | None = None) -> dict[str, np.n
   """
   path = pathlib.Path(path)
   if not path.is_file():
-    raise ValueError(f"path: got {str(path)!r}, expected an existing .safetensors, .npz, .pth, .pt or .bin file")
+    raise ValueError(f"path: got {str(path)!r}, expected an existing file")
   if key is not None and path.suffix in (".safetensors", ".npz"):
     raise ValueError(f"key: got {key!r}, expected None for {path.suffix} files, which hold one flat table")
   if path.suffix == ".safetensors":
@@ -272,8 +273,8 @@ def load(path: str | os.PathLike[str], key: str | None = None) -> dict[str, np.n
         return dict(file)
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
       raise ValueError(f"path: got {str(path)!r}, which does not read as an npz of plain arrays ({error})") from error
-  if path.suffix not in (".pth", ".pt", ".bin"):
-    raise ValueError(f"path: got {str(path)!r}, expected the suffix .safetensors, .npz, .pth, .pt or .bin")
+  if path.suffix not in _TORCH:
+    raise ValueError(f"path: got {str(path)!r}, expected the suffix .safetensors, .npz or one of {', '.join(_TORCH)}")
   try:
     import torch  # type: ignore[import-not-found, unused-ignore]
   except ImportError as error:

@@ -331,6 +331,9 @@ def test_torch_file(tmp_path, monkeypatch):
     interop.load(tmp_path / "checkpoint.pth", key="ema")
   with pytest.raises(ValueError, match="does not load with weights_only=True"):
     interop.load(tmp_path / "bad.pth")
+  for name in ("base_ep4k.model", "encoder.pth.tar", "last.ckpt"):  # as releases are called
+    (tmp_path / name).write_bytes(b"x")
+    assert interop.load(tmp_path / name).keys() == state.keys()
   # A live module's state dict converts as it is.
   kernel = interop.variables(state, {"params/d": interop.dense("W")})["params"]["d"]["kernel"]
   np.testing.assert_array_equal(kernel, normal(2, 3).T)

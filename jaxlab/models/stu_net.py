@@ -354,13 +354,16 @@ def transfer(pretrained: Mapping[str, Any], target: Mapping[str, Any]) -> dict[s
     Variables like `target`.
 
   Raises:
-    ValueError: arrays that are missing or of other shapes, all in one message.
+    ValueError: arrays that are missing, that have no place in `target` or are of other shapes, all in one message.
   """
   old = dict(jax.tree_util.tree_leaves_with_path(pretrained["params"]))
   wrong: list[str] = []
 
+  def label(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
   def take(path: Any, new: Array) -> Array:
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    name = label(path)
     if name.startswith("head"):
       return new
     if path not in old:
@@ -374,6 +377,8 @@ def transfer(pretrained: Mapping[str, Any], target: Mapping[str, Any]) -> dict[s
     return array.astype(new.dtype)
 
   params = jax.tree_util.tree_map_with_path(take, target["params"])
+  places = dict(jax.tree_util.tree_leaves_with_path(target["params"]))
+  wrong += [f"{label(path)} has no place" for path in old if path not in places and not label(path).startswith("head")]
   if wrong:
     raise ValueError(f"pretrained: got {len(wrong)} mismatches, expected a network of the same stages: {wrong}")
   return {**target, "params": params}

@@ -33,11 +33,17 @@ def test_the_network_fits_the_images():
 
 def test_runs_end_to_end_and_resumes(tmp_path, monkeypatch):
   monkeypatch.setattr(experiment, "network", lambda *_: Small())
-  config = dataclasses.replace(TINY, workdir=tmp_path)
+  drawn = lambda config, apply, variables, shape: {"some": np.zeros((config.samples, *shape))}
+  monkeypatch.setattr(experiment, "draw_samples", drawn)
+  compared = []
+  monkeypatch.setattr(experiment, "frechet", lambda *sets: compared.append([len(s) for s in sets]) or 1.0)
+  config = dataclasses.replace(TINY, workdir=tmp_path, sampled=("constant",), samples=400)
   experiment.main(config)
   folder = tmp_path / "demo/digits"
   result = json.loads((folder / "result.json").read_text())
   assert 0.5 < result["metrics"]["constant: test loss at its best rate"]["mean"] < 6  # of a random layer
+  train, _, test = (len(part["image"]) for part in experiment.digits.images())
+  assert test < 400 and compared == [[400, test, train]] * 2  # every image that was drawn, and as many known ones
   for name in ("comparison.png", "samples.png"):
     assert (folder / name).stat().st_size > 5_000
   steps = (folder / "constant/rate0.001/seed0/metrics.jsonl").read_text()
@@ -73,6 +79,22 @@ def test_paper_preset_is_the_published_recipe():
   assert experiment.parse(["--preset", "paper", "--steps", "5000"]) == dataclasses.replace(config, steps=5000)
 
 
+def test_paper_preset_takes_the_whole_test_set(monkeypatch):
+  asked = []
+  monkeypatch.setattr(
+    experiment.images, "as_arrays", lambda *names: asked.append(names) or {"image": np.zeros((1, 2, 2, 3))}
+  )
+  experiment.load(experiment.PRESETS["paper"])
+  experiment.load(dataclasses.replace(TINY, dataset="cifar10"))
+  assert [part for _, part in asked[2::3]] == ["test", "test[:1000]"]
+
+
+def test_every_constant_is_compared_by_default():
+  assert {"none", "inv_sqrt2", "constant", "learned"} == set(experiment.Config().scalings)
+  assert experiment.Config().seeds == 3
+  assert experiment.parse(["--scalings", "inv_sqrt2", "learned"]).scalings == ("inv_sqrt2", "learned")
+
+
 def test_batches_depend_on_seed_and_step_alone():
   task = experiment.load(TINY)
   assert task.train.min() == -1 and task.train.max() == 1
@@ -85,8 +107,21 @@ def test_batches_depend_on_seed_and_step_alone():
 
 @pytest.mark.parametrize(
   ("change", "argument"),
-  [({"seeds": 0}, "seeds"), ({"sampled": ("learned",)}, "sampled"), ({"rates": ()}, "rates"), ({"steps": 2}, "steps")],
+  [
+    ({"seeds": 0}, "seeds"),
+    ({"sampled": ("learned",)}, "sampled"),
+    ({"rates": ()}, "rates"),
+    ({"steps": 2}, "steps"),
+    ({"batch_size": 301}, "batch_size"),
+    ({"batch_size": 0}, "batch_size"),
+  ],
 )
 def test_bad_settings(change, argument):
   with pytest.raises(ValueError, match=f"^{argument}: got "):
     experiment.main(dataclasses.replace(TINY, **change))
+
+
+def test_a_batch_may_be_all_images_of_validation():
+  task = experiment.load(TINY)
+  assert len(task.val) <= 300
+  experiment.check(dataclasses.replace(TINY, batch_size=min(len(task.val), len(task.test))), task)

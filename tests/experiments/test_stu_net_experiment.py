@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +15,57 @@ from jaxlab.models import stu_net
 def test_paper_preset_is_the_published_recipe():
   config = experiment.parse(["--preset", "paper"])
   assert (config.width, config.steps, config.batch_size) == (stu_net.VARIANTS["S"][0], 1000 * 250, 2)
-  assert (config.learning_rate, config.optimizer, config.mirror) == (0.01, "sgd", True)
+  assert (config.learning_rate, config.transfer_rate, config.optimizer, config.mirror) == (0.01, 1e-3, "sgd", True)
+  assert (config.side, experiment.halvings(config.side)) == (128, 5)
   assert experiment.parse(["--preset", "paper", "--steps", "20"]) == dataclasses.replace(config, steps=20)
 
 
-def test_networks_are_of_one_size():
+@pytest.mark.parametrize(("side", "times"), [(32, 4), (4, 1), (24, 3), (80, 4), (96, 5)])
+def test_networks_are_of_one_size_and_fit_the_patches(side, times):
+  config = experiment.Config(side=side)
+  models = experiment.networks(config)
+  sizes = [experiment.parameters(model, side) for model in models.values()]  # traces both networks on a patch
+  assert len(sizes) == 2 and max(sizes) < 1.04 * min(sizes)
+  assert models["STU-Net"].strides == stu_net.fit_strides([(2, 2, 2)] * times)
+  assert len(models["plain U-Net"].widths) == times + 1
+
+
+def test_patches_are_halved_as_often_as_they_can_be():
+  assert [experiment.halvings(side) for side in (6, 8, 16, 48, 64, 112, 128, 256)] == [1, 2, 3, 4, 5, 4, 5, 5]
+
+
+@pytest.mark.parametrize("side", [33, 2, 0])
+def test_sides_that_cannot_be_halved(side):
+  with pytest.raises(ValueError, match=f"^side: got {side}, expected an even number"):
+    experiment.networks(experiment.Config(side=side))
+
+
+def test_widths_of_scaling():
   config = experiment.Config()
-  sizes = [experiment.parameters(model, config.side) for model in experiment.networks(config).values()]
-  assert len(sizes) == 2 and max(sizes) < 1.02 * min(sizes)
   widths = experiment.networks(dataclasses.replace(config, study="scaling"))
   assert [model.widths[0] for model in widths.values()] == [4, 8, 16]
   assert all(model.widths[5] == 16 * model.widths[0] for model in widths.values())
+
+
+def test_small_scans_are_padded():
+  image, label = np.ones((2, 5, 3, 4, 1)), np.ones((5, 3, 4), int)
+  images, labels = experiment.padded(4, image, label)
+  assert images.shape == (2, 5, 4, 4, 1) and labels.shape == (5, 4, 4)
+  np.testing.assert_array_equal(images[:, :, :3], image)
+  np.testing.assert_array_equal(images[..., 0] > 0, np.broadcast_to(labels > 0, (2, 5, 4, 4)))
+  assert experiment.padded(3, image, label)[0].shape == image.shape
+
+
+def test_fine_tuning_has_a_rate_of_its_own(monkeypatch, tmp_path):
+  asked = []
+  monkeypatch.setattr(experiment, "optimizer", lambda _, first, steps: asked.append((first, steps)))
+  monkeypatch.setattr(experiment.train, "supervised", lambda *_: (None,) * 4)
+  monkeypatch.setattr(experiment.train, "fit", lambda *_, **__: types.SimpleNamespace(variables={}))
+  config = experiment.Config(study="transfer", learning_rate=0.3, transfer_rate=0.1, steps=100, workdir=tmp_path)
+  scan = np.zeros((1, 4, 4, 4, 1)), np.zeros((4, 4, 4), int)
+  for name, start in (("pretrained", None), ("fine-tuned", {}), ("from scratch", None)):
+    experiment.fit(config, name, None, 0, *scan, start=start)
+  assert asked == [(0.3, 100), (0.1, 20), (0.3, 20)]
 
 
 def test_dice():
@@ -74,7 +115,10 @@ def test_memory_of_eight_devices(monkeypatch):
   assert whole[0] > split[0] and whole[1] > 1.2 * split[1]
 
 
-@pytest.mark.parametrize(("change", "message"), [({"seeds": 0}, "seeds, steps: got 0"), ({"steps": 5}, "got 1, 5")])
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [({"seeds": 0}, "seeds, steps: got 0"), ({"steps": 5}, "got 1, 5"), ({"side": 33}, "side: got 33")],
+)
 def test_bad_settings(change, message, tmp_path):
   with pytest.raises(ValueError, match=message):
     experiment.main(dataclasses.replace(experiment.Config(workdir=tmp_path), **change))

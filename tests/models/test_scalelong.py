@@ -1,6 +1,7 @@
 import functools
 import itertools
 import json
+import re
 
 import flax.linen as nn
 import golden_rule
@@ -27,7 +28,10 @@ def shapes(model, side=None):
   side = side or getattr(model, "image_size", 32)
   inputs = [((1, side, side, model.in_channels), "float32"), ((1,), "float32")]
   inputs += [((1,), "int32")] * bool(getattr(model, "num_classes", 0))
-  return jax.eval_shape(model.init, jax.random.key(0), *(jax.ShapeDtypeStruct(*i) for i in inputs))
+  named = {}
+  if getattr(model, "context_size", 0):
+    named = {"context": jax.ShapeDtypeStruct((1, model.context_size, model.context_width), "float32")}
+  return jax.eval_shape(model.init, jax.random.key(0), *(jax.ShapeDtypeStruct(*i) for i in inputs), **named)
 
 
 def count(model):
@@ -53,6 +57,8 @@ def variables(model):
     (scalelong.celeba64(), 44_292_228),
     (scalelong.imagenet64(), 130_940_292),
     (scalelong.imagenet256(), 286_763_024),
+    # cifar10's, and a fourth channel of patches (3), decoder and last convolution; 77 positions; the dense layer.
+    (scalelong.coco256(), 44_255_328 + 4 * 512 + 4 * 513 + 64 + 77 * 512 + 769 * 512),
     (scalelong.ddpm_cifar10(), 35_746_307),
     # 12 skips, of 128 (4) and 256 channels (8); W (C / 16) both ways and both biases.
     (scalelong.ddpm_cifar10(scaling="learned"), 35_746_307 + 2_184 + 8_464),
@@ -130,6 +136,28 @@ def test_official_weights_go_there_and_back(slug):
   assert all(np.array_equal(back[name], state[name]) for name in state)
   with pytest.raises(ValueError, match="unused: 'extra.weight'"):
     convert(state | {"extra.weight": np.zeros(3)})
+
+
+def test_incomplete_weights_of_the_convolutional_network_are_reported():
+  """A module of each kind is missing; the widths change in the last level only."""
+  model = scalelong.UNet(1, 8, (1, 1, 2), 2, (4,), num_groups=4)
+  names = ["down.2.block.0.nin_shortcut.weight", "down.1.attn.1.norm.weight", "down.2.block.1.norm1.weight"]
+  table = scalelong.ddpm_weight_table(names)
+  params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes(model, 8))
+  state = interop.state_dict(params, table)
+  scalelong.from_ddpm(state)
+  modules = (
+    "conv_in", "conv_out", "norm_out", "temb.dense.0", "temb.dense.1", "mid.block_1", "mid.attn_1", "mid.block_2",
+    "down.0", "up.1", "down.1.attn", "up.1.attn.2", "up.0.block.2", "down.0.downsample", "up.2.upsample",
+    "down.2.block.0.nin_shortcut", "up.0.block.2.nin_shortcut", "down.0.block.1.temb_proj", "up.1.block.1.norm2",
+    "down.0.block.0.conv1", "mid.block_2.conv2", "mid.attn_1.q", "down.1.attn.0.proj_out",
+  )  # fmt: skip
+  for module in modules:
+    rest = {name: x for name, x in state.items() if not name.startswith(f"{module}.")}
+    with pytest.raises(ValueError, match=f"missing: '{re.escape(module)}"):
+      scalelong.from_ddpm(rest)
+  with pytest.raises(ValueError, match=r"unused: 'down\.1\.downsample\.conv\.bias'"):
+    scalelong.from_ddpm({name: x for name, x in state.items() if ".2." not in name[:7]})
 
 
 # ---------------------------------------------------------------------------------------------------- the scalings
@@ -241,6 +269,33 @@ def test_constants_are_no_weights_and_a_shared_gate_is_one_set():
 
 
 # --------------------------------------------------------------------------------------------------- the networks
+
+
+def test_weights_have_their_dtype():
+  model = TINY.clone(num_classes=3, context_size=2, context_width=4, scaling="learned", param_dtype="bfloat16")
+  assert {x.dtype for x in jax.tree.leaves(shapes(model))} == {jnp.dtype("bfloat16")}
+
+
+def test_context_is_seen_as_labels_are():
+  """A label's embedding as a row of the context's kernel: only the order of tokens, hence of positions, differs."""
+  labelled = TINY.clone(depth=2, num_classes=3)
+  texts = TINY.clone(depth=2, context_size=1, context_width=3)
+  params = variables(labelled)["params"]
+  table = scalelong.weight_table(2, context=True)
+  kernel, position = params["label_embed"]["embedding"], params["position"]
+  same = {name: x for name, x in params.items() if name != "label_embed"} | {
+    "context_embed": {"kernel": kernel, "bias": np.zeros(16, "float32")},
+    "position": np.concatenate([position[:, 1:2], position[:, :1], position[:, 2:]], 1),  # time, context, patches
+  }
+  converted = scalelong.from_torch(interop.state_dict({"params": same}, table))
+  assert jax.tree.map(jnp.shape, converted) == jax.tree.map(jnp.shape, shapes(texts))
+  images, times = normal(*SHAPE), jnp.array([0.4, 700.0])
+  run = jax.jit(texts.apply)
+  got = [run(converted, images, times, context=jnp.eye(3)[jnp.array(labels)][:, None]) for labels in ([0, 2], [1, 2])]
+  expected = jax.jit(labelled.apply)({"params": params}, images, times, jnp.array([0, 2]))
+  np.testing.assert_allclose(got[0], expected, atol=2e-5)
+  assert np.abs(got[0][0] - got[1][0]).max() > 1e-3
+  np.testing.assert_array_equal(got[0][1], got[1][1])
 
 
 def test_recomputing_keeps_the_weights():

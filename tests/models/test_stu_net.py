@@ -201,3 +201,12 @@ def test_weights_go_to_a_new_task(toy):
     np.testing.assert_allclose(run(both, jnp.concatenate(pair, -1)), apply(variables, x), atol=1e-4)
   with pytest.raises(ValueError, match=r"pretrained: got \d+ mismatches"):
     stu_net.transfer({"params": {}}, fresh)
+
+
+def test_no_block_is_left_behind(toy):
+  _, small, _ = toy
+  deep = filled(stu_net.STUNet(3, widths=(8, 8), depths=(1, 2), strides=((2, 2, 2),)), jnp.zeros((1, 8, 8, 8, 1)))
+  with pytest.raises(ValueError, match=r"pretrained: got 8 mismatches.*encoder1/block1/conv1/bias has no place"):
+    stu_net.transfer(deep, small)
+  heads = {"params": small["params"] | {"head7": {"kernel": jnp.ones(1)}}}  # of scales that the new task has no use for
+  jax.tree.map(np.testing.assert_array_equal, stu_net.transfer(heads, small), small)

@@ -16,6 +16,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxlab import checks, interop
@@ -198,45 +199,54 @@ def from_ddpm(state_dict: Mapping[str, Any]) -> dict[str, Any]:
   """Weights of DDPM's network, under the names of its PyTorch port `pesser/pytorch_diffusion`, as flax variables.
 
   Raises:
-    ValueError: names left over or misshaped, all in one message.
+    ValueError: names missing, left over or misshaped, all in one message.
   """
-  return interop.variables(state_dict, ddpm_weight_table(state_dict))
+  names = list(state_dict)
+  for name, tensor in state_dict.items():
+    match = re.fullmatch(r"(down\.\d+\.block\.0)\.conv1\.weight", name)
+    if match and np.shape(tensor)[:1] != np.shape(tensor)[1:2]:  # a block that changes the width has a shortcut
+      names.append(f"{match[1]}.nin_shortcut.weight")
+  return interop.variables(state_dict, ddpm_weight_table(names))
 
 
 def ddpm_weight_table(names: Iterable[str]) -> dict[str, interop.Rule]:
   """Which of the port's tensors is which variable, for `interop.variables` and `interop.state_dict`.
 
   Args:
-    names: of the tensors, as each level has as many blocks and attentions as they say. The port knows no gates.
+    names: of the tensors. The highest level and the highest block among them say how many of each there are, in all
+      levels; one attention says that all blocks of its level have one; shortcuts on the way down are those named. The
+      port knows no gates.
 
   Returns:
-    Flax path -> rule.
+    Flax path -> rule, for every module of the network, whether or not it is among the names.
   """
-  patterns = {
-    r"temb\.dense\.0": "time1",
-    r"temb\.dense\.1": "time2",
-    r"(conv_in|conv_out|norm_out)": r"\1",
-    r"(down|up)\.(\d+)\.block\.(\d+)\.(\w+)": r"\1\2_block\3/\4",
-    r"(down|up)\.(\d+)\.attn\.(\d+)\.(\w+)": r"\1\2_attention\3/\4",
-    r"down\.(\d+)\.downsample\.conv": r"down\1_halve",
-    r"up\.(\d+)\.upsample\.conv": r"up\1_double",
-    r"mid\.block_1\.(\w+)": r"mid_block0/\1",
-    r"mid\.attn_1\.(\w+)": r"mid_attention/\1",
-    r"mid\.block_2\.(\w+)": r"mid_block1/\1",
-  }
-  renamed = {"temb_proj": "time", "nin_shortcut": "shortcut", "proj_out": "proj"}
-  table = {}
-  for layer in dict.fromkeys(name.rpartition(".")[0] for name in names):
-    for pattern, replacement in patterns.items():
-      if match := re.fullmatch(pattern, layer):
-        parent, _, last = match.expand(replacement).rpartition("/")
-        path = "/".join(filter(None, (parent, renamed.get(last, last))))
-        pointwise = last in ("q", "k", "v", "proj_out", "nin_shortcut")
-        if last.startswith("norm"):
-          rule = interop.norm(layer)
-        elif pointwise or last in ("temb_proj", "time1", "time2"):
-          rule = interop.dense(layer, spatial=2 if pointwise else 0)
-        else:
-          rule = interop.conv(layer)
-        table[f"params/{path}"] = rule
-  return table
+  names = set(names)
+  found = [match.groups() for name in names if (match := re.match(r"(down|up)\.(\d+)\.(block|attn)\.(\d+)\.", name))]
+  num_levels = max((int(level) for _, level, _, _ in found), default=0) + 1
+  num_blocks = max((int(block) + (way == "down") for way, _, _, block in found), default=1)  # one more on the way up
+  attended = {int(level) for _, level, kind, _ in found if kind == "attn"}
+
+  table = {"time1": interop.dense("temb.dense.0"), "time2": interop.dense("temb.dense.1")}
+  table |= {"conv_in": interop.conv("conv_in"), "conv_out": interop.conv("conv_out")}
+  table["norm_out"] = interop.norm("norm_out")
+  blocks = {"mid.block_1": "mid_block0", "mid.block_2": "mid_block1"}
+  attentions = {"mid.attn_1": "mid_attention"}
+  for i in range(num_levels):
+    for way, count in (("down", num_blocks), ("up", num_blocks + 1)):
+      blocks |= {f"{way}.{i}.block.{j}": f"{way}{i}_block{j}" for j in range(count)}
+      if i in attended:
+        attentions |= {f"{way}.{i}.attn.{j}": f"{way}{i}_attention{j}" for j in range(count)}
+    if i + 1 < num_levels:
+      table[f"down{i}_halve"] = interop.conv(f"down.{i}.downsample.conv")
+      table[f"up{i + 1}_double"] = interop.conv(f"up.{i + 1}.upsample.conv")
+  for name, path in blocks.items():
+    table |= {f"{path}/norm{j}": interop.norm(f"{name}.norm{j}") for j in (1, 2)}
+    table |= {f"{path}/conv{j}": interop.conv(f"{name}.conv{j}") for j in (1, 2)}
+    table[f"{path}/time"] = interop.dense(f"{name}.temb_proj")
+    if name.startswith("up.") or f"{name}.nin_shortcut.weight" in names:
+      table[f"{path}/shortcut"] = interop.dense(f"{name}.nin_shortcut", spatial=2)
+  for name, path in attentions.items():
+    table[f"{path}/norm"] = interop.norm(f"{name}.norm")
+    table |= {f"{path}/{part}": interop.dense(f"{name}.{part}", spatial=2) for part in "qkv"}
+    table[f"{path}/proj"] = interop.dense(f"{name}.proj_out", spatial=2)
+  return {f"params/{path}": rule for path, rule in table.items()}

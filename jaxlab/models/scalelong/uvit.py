@@ -1,6 +1,6 @@
 """U-ViT: a vision transformer over patches and time, whose early blocks hand their tokens to late ones.
 
-    x = [label, time, patches] + position
+    x = [label, time, context, patches] + position
     N times:  x = Block(x), kept as h_i
     x = Block(x)
     N times, from the deepest:  x = Block([x, k_i h_i] W_i + b_i)
@@ -46,6 +46,8 @@ class UViT(nn.Module):
     num_heads: of attention; divides `width`.
     mlp_ratio: hidden width of the MLPs, in units of `width`.
     num_classes: labels, each a token of its own; 0 for a network without labels.
+    context_size: tokens of a condition, such as a text; 0 for a network without one.
+    context_width: channels of such a token, which a dense layer turns into `width`.
     final_conv: whether a 3x3 convolution of the pixels comes last.
     scaling: of the long skips, see the package's docstring.
     kappa: of the "constant" scaling.
@@ -62,6 +64,8 @@ class UViT(nn.Module):
   num_heads: int = 8
   mlp_ratio: float = 4.0
   num_classes: int = 0
+  context_size: int = 0
+  context_width: int = 0
   final_conv: bool = True
   scaling: Scaling = "none"
   kappa: float = 0.5
@@ -75,6 +79,7 @@ class UViT(nn.Module):
     images: Float[Array, "b h w c"],
     timesteps: Float[Array, " b"],
     labels: Int[Array, " b"] | None = None,
+    context: Float[Array, "b t e"] | None = None,
     *,
     train: bool = False,
   ) -> Float[Array, "b h w c"]:
@@ -84,15 +89,16 @@ class UViT(nn.Module):
       images: noisy, of `image_size`.
       timesteps: `TIME_SCALE` times t.
       labels: classes in [0, num_classes); None if there are none.
+      context: tokens [B, context_size, context_width], such as CLIP's of a text; None if there are none.
       train: changes nothing, as nothing here is random.
 
     Returns:
       Predicted noise of the same shape, in `dtype`.
 
     Raises:
-      ValueError: images, times or labels of wrong shape or dtype; attributes that contradict each other.
+      ValueError: images, times, labels or context of wrong shape or dtype; attributes that contradict each other.
     """
-    self._check(images, timesteps, labels)
+    self._check(images, timesteps, labels, context)
     options = precision(self)
     block = nn.remat(transformer.Block) if self.remat else transformer.Block
     dense: Any = functools.partial(Dense, kernel_init=_dense_init, **options)
@@ -100,8 +106,11 @@ class UViT(nn.Module):
 
     patches = Conv(self.width, p, p, kernel_init=torch_kernel, name="patch_embed", **options)(images)
     tokens = [timestep_embedding(timesteps, self.width)[:, None], patches.reshape(batch, -1, self.width)]
+    if context is not None:
+      tokens.insert(1, dense(self.width, name="context_embed")(context.astype(self.dtype)))
     if labels is not None:
-      embed = nn.Embed(self.num_classes, self.width, embedding_init=nn.initializers.normal(1.0), name="label_embed")
+      init = nn.initializers.normal(1.0)
+      embed = nn.Embed(self.num_classes, self.width, embedding_init=init, name="label_embed", **options)
       tokens.insert(0, embed(labels)[:, None])
     x = jnp.concatenate([t.astype(self.dtype) for t in tokens], 1)
     x = x + self.param("position", _dense_init, (1, *x.shape[1:]), self.param_dtype).astype(self.dtype)
@@ -128,7 +137,7 @@ class UViT(nn.Module):
       return x
     return Conv(self.in_channels, 3, padding=1, kernel_init=torch_kernel, name="final_conv", **options)(x)
 
-  def _check(self, images: Array, timesteps: Array, labels: Array | None) -> None:
+  def _check(self, images: Array, timesteps: Array, labels: Array | None, context: Array | None) -> None:
     check_images(images, self.in_channels)
     if images.shape[1:3] != (self.image_size, self.image_size):
       raise ValueError(f"images: got {images.shape[1]}x{images.shape[2]} pixels, expected a side of {self.image_size}")
@@ -145,6 +154,14 @@ class UViT(nn.Module):
       raise ValueError(f"labels: got {given}, expected {'none' if labels is not None else 'one an image'}")
     if labels is not None and (labels.shape != images.shape[:1] or not jnp.issubdtype(labels.dtype, jnp.integer)):
       raise ValueError(f"labels: got {labels.dtype} {labels.shape}, expected integers {images.shape[:1]}")
+    checks.count("context_size", self.context_size, 0)
+    checks.count("context_width", self.context_width, bool(self.context_size), None if self.context_size else 0)
+    expected = (*images.shape[:1], self.context_size, self.context_width) if self.context_size else None
+    if (None if context is None else context.shape) != expected:
+      given = "none" if context is None else f"shape {context.shape}"
+      raise ValueError(f"context: got {given}, expected {expected or 'none'}")
+    if context is not None and not jnp.issubdtype(context.dtype, jnp.floating):
+      raise ValueError(f"context: got dtype {context.dtype}, expected floats")
 
 
 # The published variants, of ScaleLong's code (cifar10) and U-ViT's (the others).
@@ -172,6 +189,11 @@ def imagenet256(**overrides: Any) -> UViT:
   return UViT(**{**shape, "num_classes": 1001, **overrides})
 
 
+def coco256(**overrides: Any) -> UViT:
+  """U-ViT-S/2 on 32x32 latents of four channels, with a text of 77 tokens from CLIP: 44,692,644 parameters."""
+  return UViT(**{"in_channels": 4, "context_size": 77, "context_width": 768, **overrides})
+
+
 def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
   """Official weights of a `UViT` as flax variables; the variant follows from the names.
 
@@ -185,6 +207,7 @@ def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
       2 * (max(blocks, default=-1) + 1),
       scaling="learned" if "se.layer1.weight" in state_dict else "learned_each" if _gates(state_dict) else "none",
       labels="label_emb.weight" in state_dict,
+      context="context_embed.weight" in state_dict,
       final_conv="final_layer.weight" in state_dict,
     ),
   )
@@ -195,7 +218,7 @@ def _gates(state_dict: Mapping[str, Any]) -> bool:
 
 
 def weight_table(
-  depth: int, *, scaling: Scaling = "none", labels: bool = False, final_conv: bool = True
+  depth: int, *, scaling: Scaling = "none", labels: bool = False, context: bool = False, final_conv: bool = True
 ) -> dict[str, interop.Rule]:
   """Which official tensor is which variable, for `interop.variables` and `interop.state_dict`.
 
@@ -203,6 +226,7 @@ def weight_table(
     depth: as in `UViT`, as the rest.
     scaling: kind of the skips' multipliers.
     labels: whether the network has labels.
+    context: whether it has context tokens.
     final_conv: whether it ends with a convolution.
 
   Returns:
@@ -227,6 +251,8 @@ def weight_table(
     table[f"skips/{path}/excite"] = interop.dense(f"{name}.layer2")
   if labels:
     table["label_embed"] = interop.embed("label_emb")
+  if context:
+    table["context_embed"] = interop.dense("context_embed")
   if final_conv:
     table["final_conv"] = interop.conv("final_layer")
   return {f"params/{path}": rule for path, rule in table.items()}

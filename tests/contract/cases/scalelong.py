@@ -34,10 +34,10 @@ def apply(**changes):
   return lambda params, x: model(**changes).apply({"params": params}, x["images"], x["times"], x["labels"])
 
 
-def init(images=None, times=None, labels=None, **changes):
+def init(images=None, times=None, labels=None, context=None, **changes):
   x = inputs(0)
   given = [x[name] if new is None else new for name, new in zip(x, (images, times, labels), strict=True)]
-  return lambda: jax.eval_shape(model(**changes).init, jax.random.key(0), *given)
+  return lambda: jax.eval_shape(model(**changes).init, jax.random.key(0), *given, context)
 
 
 CASE = Case(
@@ -53,6 +53,14 @@ CASE = Case(
     "one time for two images": (init(times=np.zeros(1, "float32")), "timesteps"),
     "labels that are floats": (init(labels=np.zeros(2, "float32")), "labels"),
     "labels of a network without": (init(num_classes=0), "labels"),
+    "a context of a network without": (init(context=np.zeros((2, 1, 4), "float32")), "context"),
+    "no context": (init(context_size=1, context_width=4), "context"),
+    "a context of another width": (
+      init(context=np.zeros((2, 1, 3), "float32"), context_size=1, context_width=4),
+      "context",
+    ),
+    "a context of integers": (init(context=np.zeros((2, 1, 4), int), context_size=1, context_width=4), "context"),
+    "context without a width": (init(context_size=1), "context_width"),
     "patches that do not fit": (init(patch_size=3), "patch_size"),
     "odd depth": (init(depth=3), "depth"),
     "heads that do not divide": (init(num_heads=3), "num_heads"),
