@@ -5,6 +5,10 @@
     python experiments/cvmh_unet.py --dataset aerial # the same on drawn aerial tiles; aerial-diagonal: roads run so
     python experiments/cvmh_unet.py --preset paper   # the full network, on a host with GPUs
 
+The paper has no official code, and its data (ISPRS Vaihingen and Potsdam, GID-15) need registration. So its preset is
+the network at the size that `jaxlab.models.cvmh_unet` reconstructs, trained on CamVid: rate, weight decay and drop path
+are VM-UNet's; batch, warm-up, limit of the gradients' norm, crops and number of steps are ours.
+
 CamVid is read from JAXLAB_DATA/camvid. All networks see the same crops in the same order, for as many steps, with the
 same rates and loss (cross entropy and Dice), and have about as many parameters. Reported is, on the whole test images
 and over the pixels that have a class, the mean intersection over union (mIoU) of the classes, the mean of their F1
@@ -99,7 +103,8 @@ class Config:
   dataset: Literal["camvid", "aerial", "aerial-diagonal"] = "camvid"
   """camvid: street scenes; aerial: drawn tiles, square ones of the crop's height by default, 1000 to train on."""
   preset: Literal["demo", "paper"] = "demo"
-  """demo: 0.7M parameters on crops; paper: the full network, 100 epochs of 512 pixels, batches of 8."""
+  """demo: 0.7M parameters on crops; paper: the full network on CamVid at its own size, 4600 steps, which are 100
+  epochs, of 8 crops of 352 x 480."""
   height: int = 180
   """Of the images; CamVid's own is 360."""
   width: int = 240

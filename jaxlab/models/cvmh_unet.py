@@ -221,7 +221,7 @@ class CVMHUNet(nn.Module):
     widths: channels of each stage, at strides 4, 8, 16 and so on; the first a multiple of 4.
     encoder_depths: blocks of each stage.
     decoder_depths: blocks of each stage on the way up, the deepest first; 0 for none.
-    pool_sizes: of the fusion at each stage but the deepest, multiples of 7.
+    pool_sizes: of the fusion at each stage but the deepest, multiples of 7; of no use to other skips.
     skip: "fusion", or "add" for a sum in its place, an ablation. "add_before" adds what enters the encoder's stage of
       a resolution before the decoder leaves it: VM-UNet's way.
     directions: in which images are scanned.
@@ -334,12 +334,13 @@ class CVMHUNet(nn.Module):
       depths, least = getattr(self, name), 1 if name == "encoder_depths" else 0
       if len(depths) != stages or min(depths, default=least) < least:
         raise ValueError(f"{name}: got {depths}, expected one of at least {least} for each of {stages} stages")
-    if len(self.pool_sizes) < stages - 1:
+    if self.skip == "fusion" and len(self.pool_sizes) < stages - 1:
       raise ValueError(f"pool_sizes: got {self.pool_sizes}, expected one for each of {stages} stages but the last")
     if not stages or self.widths[0] % 4 or min(self.widths) < 1:
       raise ValueError(f"widths: got {self.widths}, expected channels of each stage, the first a multiple of 4")
     checks.choice("skip", self.skip, Skip)
     checks.count("num_classes", self.num_classes)
+    checks.count("state_size", self.state_size)
     checks.rate("drop_path", self.drop_path)
 
 
@@ -380,13 +381,24 @@ def cross_entropy_and_dice(
     dice_k = (2 sum p_k y_k + 1) / (sum p_k + sum y_k + 1),   sums over the pixels of the batch
 
   Args:
-    logits: of any floating dtype.
-    labels: classes; those of pixels that do not count are not looked at.
+    logits: of any floating dtype, of at least 2 classes, as the softmax of one is constant.
+    labels: classes, whole numbers; those of pixels that do not count are not looked at.
     valid: which pixels count; None for all.
 
   Returns:
     In float32.
+
+  Raises:
+    ValueError: shapes or dtypes that do not fit, fewer than 2 classes.
   """
+  if logits.ndim != 4 or logits.shape[-1] < 2:
+    raise ValueError(f"logits: got shape {logits.shape}, expected [batch, height, width, classes], at least 2 classes")
+  if labels.shape != logits.shape[:-1]:
+    raise ValueError(f"labels: got shape {labels.shape}, expected {logits.shape[:-1]} for logits {logits.shape}")
+  if not jnp.issubdtype(labels.dtype, jnp.integer):
+    raise ValueError(f"labels: got dtype {labels.dtype}, expected whole numbers")
+  if valid is not None and (valid.shape != labels.shape or valid.dtype != bool):
+    raise ValueError(f"valid: got {valid.dtype} of shape {valid.shape}, expected bool of the labels' {labels.shape}")
   logits = logits.astype("float32")
   valid = jnp.ones(labels.shape, bool) if valid is None else valid
   labels = jnp.where(valid, labels, 0)

@@ -12,12 +12,15 @@ Segmentation", CVPR 2025, arXiv:2412.11890. Paper's terms: LASS is `Mixer`, NA i
 `nn.scan_2d` with one state a channel, MMSCopE is `Decoder`.
 
 Differs from the official code: maps stay [B, H, W, C]; its `fused_na` path, which drops the bias, does not exist here;
-running variances are biased (flax). Drop path of variant L is not published; ours is that of B.
+running variances are biased (flax); the decoder starts as the encoder does, from truncated normals of deviation 0.02,
+where the official head has the defaults of its libraries (He normals by fan-out before norms, deviation 0.01 for the
+classifier, uniform elsewhere). Drop path of variant L is not published; ours is that of B.
 """
 
 import functools
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -67,7 +70,7 @@ class Mixer(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"], *, train: bool = False) -> Float[Array, "b h w c"]:
-    """Args: x, maps with sides of at least `window`. Returns maps of the same shape."""
+    """Args: x, maps with sides of at least `window` if `local`. Returns maps of the same shape."""
     options = precision(self)
     batch, height, width, channels = x.shape
     heads, side = self.num_heads, 2 * self.window - 1
@@ -208,7 +211,8 @@ class Encoder(nn.Module):
     """Classifies images, or makes maps of them if `num_classes` is 0.
 
     Args:
-      images: floats, normalised by the caller. The map of each stage must be as large as its window.
+      images: floats, normalised by the caller. With local attention, the map of each stage must be as large as its
+        window.
       train: use batch statistics (mutable collection "batch_stats") and drop paths.
 
     Returns:
@@ -261,7 +265,7 @@ class Encoder(nn.Module):
         raise ValueError(f"widths: got {width}, expected a multiple of 4 channels for each of {heads} heads")
     if min(self.depths) < 1:
       raise ValueError(f"depths: got {self.depths}, expected at least one block a stage")
-    for i, window in enumerate(self.windows):
+    for i, window in enumerate(self.windows if self.local else (1,)):  # without windows, any pixel will do
       least = window * 2 ** (i + 2) - 2 ** (i + 2) + 1  # sides are halved rounding up
       if min(images.shape[1:3]) < least:
         raise ValueError(
@@ -276,11 +280,14 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
   """Maps of strides 8, 16 and 32 to logits at stride 8, see the module.
 
+  Training needs a batch of at least 2, over all of `axis_name`: mean(f) is one value a channel and image, and BatchNorm
+  makes 0 of a lone one.
+
   Attributes:
     num_classes: K.
     width: E.
     map_width: P, of each projected map.
-    dropout: rate of whole channels before the logits.
+    dropout: rate of whole channels before the logits, in [0, 1).
     dtype: compute dtype.
     param_dtype: parameter dtype.
     axis_name: pmap axis over which batch statistics are averaged.
@@ -299,17 +306,18 @@ class Decoder(nn.Module):
     """Segments.
 
     Args:
-      maps: of strides 8, 16 and 32; the sides of the first are multiples of 4.
+      maps: of strides 8, 16 and 32, of any channels; the sides of the first are multiples of 4.
       train: use batch statistics, and dropout, which needs a "dropout" key.
 
     Returns:
       Logits [B, H, W, K] of the first map's sides.
 
     Raises:
-      ValueError: maps that do not fit.
+      ValueError: maps that do not fit, a single image to train on without `axis_name`, attributes out of range.
     """
-    if len(maps) != 3 or maps[0].shape[1] % 4 or maps[0].shape[2] % 4:
-      raise ValueError(f"maps: got {[m.shape for m in maps]}, expected three, sides of the first multiples of 4")
+    self._check(maps)
+    if train and maps[0].shape[0] == 1 and self.axis_name is None:
+      raise ValueError("maps: got a batch of 1 to train on, expected at least 2, as BatchNorm of one value is 0")
     options = precision(self)
 
     def relu_norm(y: Array, name: str) -> Array:
@@ -343,9 +351,24 @@ class Decoder(nn.Module):
     y = nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=not train)(y)
     return dense(self.num_classes, name="head")(y)
 
+  def _check(self, maps: Sequence[Array]) -> None:
+    shapes = [m.shape for m in maps]
+    if len(shapes) != 3 or any(len(shape) != 4 for shape in shapes):
+      raise ValueError(f"maps: got {shapes}, expected three of shape [batch, height, width, channels]")
+    if len({shape[0] for shape in shapes}) > 1:
+      raise ValueError(f"maps: got {shapes}, expected one batch size")
+    sides = [shape[1:3] for shape in shapes]
+    if any(small[0] > large[0] or small[1] > large[1] for large, small in itertools.pairwise(sides)):
+      raise ValueError(f"maps: got {shapes}, expected each no larger than the one before")
+    if min(sides[-1]) < 1 or sides[0][0] % 4 or sides[0][1] % 4:
+      raise ValueError(f"maps: got {shapes}, expected sides of the first that are multiples of 4, and no empty map")
+    for name in ("num_classes", "width", "map_width"):
+      checks.count(name, getattr(self, name))
+    checks.rate("dropout", self.dropout)
+
 
 class SegMAN(nn.Module):
-  """Images to a class for each pixel.
+  """Images to a class for each pixel. Training needs a batch of at least 2, see `Decoder`.
 
   Attributes:
     encoder: without classifier.
@@ -370,7 +393,7 @@ class SegMAN(nn.Module):
       Logits [B, H, W, K].
 
     Raises:
-      ValueError: images of wrong rank, dtype, channels or size; an encoder with a classifier.
+      ValueError: images of wrong rank, dtype, channels or size; an encoder with a classifier; what the parts raise.
     """
     if self.encoder.num_classes:
       raise ValueError(f"encoder: got one with {self.encoder.num_classes} classes, expected num_classes 0")
@@ -441,6 +464,27 @@ def segmenter(variant: str = "T", num_classes: int = 150, **overrides: Any) -> S
   return SegMAN(encoder(variant, 0, **overrides), Decoder(num_classes, width, map_width, **both))
 
 
+def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+  """Official weights of a segmenter, names `backbone.*` and `decode_head.*`, as flax variables of `SegMAN`.
+
+  Args:
+    state_dict: official names -> NumPy arrays or tensors.
+
+  Returns:
+    {"params", "batch_stats"}, each {"encoder", "decoder"}.
+
+  Raises:
+    ValueError: names missing, left over or misshaped, all in one message.
+  """
+  backbone, head = "backbone.", "decode_head."
+  names = [name.removeprefix(backbone) for name in state_dict if name.startswith(backbone)]
+  table = {}
+  for part, prefix, rules in (("encoder", backbone, _encoder_table(names)), ("decoder", head, _decoder_table())):
+    for path, rule in rules.items():
+      table[f"params/{part}/{path}"] = tuple(leaf._replace(source=prefix + leaf.source) for leaf in rule)
+  return interop.variables(state_dict, table, ignore=_BUFFERS)
+
+
 def encoder_from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
   """Official weights of an encoder, with or without classifier, as flax variables of `Encoder`.
 
@@ -453,8 +497,22 @@ def encoder_from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
   Raises:
     ValueError: names missing, left over or misshaped, all in one message.
   """
+  rules = {f"params/{path}": rule for path, rule in _encoder_table(state_dict).items()}
+  return interop.variables(state_dict, rules, ignore=_BUFFERS)
+
+
+def decoder_from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+  """Official weights of the decoder as flax variables of `Decoder`; arguments, result and errors as the encoder's."""
+  return interop.variables(state_dict, {f"params/{path}": rule for path, rule in _decoder_table().items()})
+
+
+_BUFFERS = ("*.rope.angle",)  # computed here
+
+
+def _encoder_table(names: Collection[str]) -> dict[str, interop.Rule]:
+  """As deep, and with scales and a classifier or without, as the names say."""
   depths = [0] * 4
-  for name in state_dict:
+  for name in names:
     match = re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", name)
     if match and int(match[1]) in (0, 2, 4, 6):
       depths[int(match[1]) // 2] = max(depths[int(match[1]) // 2], int(match[2]) + 1)
@@ -486,24 +544,21 @@ def encoder_from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
           **{f"{path}/mixer/scan/{key}": rule for key, rule in _scan_table(f"{mixer}.ssm").items()},
         }
       for n in (1, 2):
-        if f"{name}.layer_scale{n}.weight" in state_dict:
+        if f"{name}.layer_scale{n}.weight" in names:
           table[f"{path}/scale{n}"] = interop.raw(
             f"{name}.layer_scale{n}.weight", lambda w: w.reshape(-1), lambda s: s.reshape(-1, 1, 1, 1)
           )
           table[f"{path}/shift{n}"] = interop.raw(f"{name}.layer_scale{n}.bias")
-  if "classifier.0.weight" in state_dict:
+  if "classifier.0.weight" in names:
     table |= {
       "head_proj": interop.dense("classifier.0", spatial=2),
       "head_norm": interop.batch_norm("classifier.1"),
       "head": interop.dense("classifier.4", spatial=2),
     }
-  return interop.variables(
-    state_dict, {f"params/{path}": rule for path, rule in table.items()}, ignore=["*.rope.angle"]
-  )
+  return table
 
 
-def decoder_from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-  """Official weights of the decoder as flax variables of `Decoder`; arguments, result and errors as the encoder's."""
+def _decoder_table() -> dict[str, interop.Rule]:
   block = _block_table("vssm") | {f"mixer/{k}": rule for k, rule in _scan_table("vssm.token_mixer").items()}
   table: dict[str, interop.Rule] = {
     **{f"map{i}": interop.dense(f"linear_c{i}.proj") for i in (2, 3, 4)},
@@ -519,7 +574,7 @@ def decoder_from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     square = path in ("half", "quarter")
     rule = interop.conv(f"{name}.conv", bias=False) if square else interop.dense(f"{name}.conv", False, spatial=2)
     table |= {path: rule, f"{path}_norm": interop.batch_norm(f"{name}.bn")}
-  return interop.variables(state_dict, {f"params/{path}": rule for path, rule in table.items()})
+  return table
 
 
 def _block_table(name: str) -> dict[str, interop.Rule]:

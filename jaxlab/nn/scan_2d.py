@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxlab import checks
 from jaxlab.nn.mamba import log_range, step_bias
 from jaxlab.nn.selective_scan import selective_scan
 
@@ -99,10 +100,9 @@ class SelectiveScan2D(nn.Module):
     Raises:
       ValueError: a state size below 1, no or unknown directions.
     """
-    if self.state_size < 1 or not self.directions:
-      raise ValueError(
-        f"directions: got {self.directions} of state_size {self.state_size}, expected at least one, and 1 state"
-      )
+    checks.count("state_size", self.state_size)
+    if not self.directions:
+      raise ValueError("directions: got none, expected at least one")
     _, height, width, channels = x.shape
     count, rank = len(self.directions), -(-channels // 16) if self.dt_rank is None else self.dt_rank
     uniform = lambda bound: lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)

@@ -30,6 +30,7 @@ def test_each_ablation_changes_the_network():
 def test_paper_preset():
   config = experiment.parse(["--preset", "paper"])
   assert (config.height, config.width, config.batch_size, config.learning_rate) == (360, 480, 8, 1e-3)
+  assert (config.crop, round(config.steps * config.batch_size / 367)) == ((352, 480), 100)  # epochs of CamVid
   assert experiment.network(config, "CVMH-UNet").widths == (96, 192, 384, 768)
   assert dataclasses.replace(experiment.parse(["--preset", "paper", "--seeds", "3"]), seeds=1) == config
 

@@ -1,3 +1,4 @@
+import chex
 import golden_rule
 import jax
 import jax.numpy as jnp
@@ -75,8 +76,8 @@ def test_block_adds_attended_scan_and_convolution():
   params = variables["params"]
   bare = {name: value for name, value in params.items() if name != "attention" and not name.startswith("local")}
   single = jax.tree.map(lambda a: a.astype("float32"), bare)
-  alone = cvmh_unet.Block(local=False, channel_attention=False, **options)
-  g = np.asarray(jax.jit(lambda p: alone.apply({"params": p}, x, False))(single), np.float64) - x
+  alone = cvmh_unet.Block(local=False, channel_attention=False, residual=False, **options)
+  g = np.asarray(jax.jit(lambda p: alone.apply({"params": p}, x, False))(single), np.float64)
 
   u = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
   u = u * params["norm"]["scale"] + params["norm"]["bias"]
@@ -132,6 +133,18 @@ def test_fusion():
   np.testing.assert_allclose(got, np.maximum(normalise(variables, "join_norm", out), 0), atol=5e-5)
   with pytest.raises(ValueError, match="decoded: got shape"):
     model.init(jax.random.key(0), e, d[:, :8])
+
+
+def test_fusion_without_pixels_and_with_dense_layers():
+  e, d = np.random.default_rng(2).standard_normal((2, 2, 7, 7, 8)).astype("float32")
+  model = cvmh_unet.Fusion(7, pointwise=False, attention="dense")
+  variables, (_, state) = randomised(model, e, d, mutable=["intermediates"])
+  params = variables["params"]
+  assert set(params) == {"frequency_dense1", "frequency_dense2", "join", "join_norm"}
+  hidden = np.maximum(statistics(e.astype("float64") + d) @ params["frequency_dense1"]["kernel"], 0)
+  G = (hidden @ params["frequency_dense2"]["kernel"]).sum(1)
+  (weight,) = state["intermediates"]["weight"]
+  np.testing.assert_allclose(weight, scipy.special.expit(G)[:, None, None], atol=2e-5)
 
 
 def test_fusion_of_equal_maps_is_that_map():
@@ -209,6 +222,71 @@ def test_sizes_that_strides_do_not_divide_are_padded_and_cut():
   np.testing.assert_allclose(got, want[:, :13, :18], atol=1e-5)
 
 
+def tiny(**changes):
+  shape = {"widths": (8, 8), "encoder_depths": (1, 1), "decoder_depths": (0, 0), "pool_sizes": (7,), "state_size": 1}
+  shape |= {"directions": SS2D[:1], "local": False, "channel_attention": False}
+  return cvmh_unet.CVMHUNet(3, **shape | changes)
+
+
+def test_sum_for_a_skip():
+  model, x = tiny(skip="add"), np.random.default_rng(8).standard_normal((1, 8, 8, 3)).astype("float32")
+  variables, (_, state) = randomised(model, x, capture_intermediates=True, mutable=["intermediates"])
+  made = {name: out["__call__"][0] for name, out in state["intermediates"].items() if "__call__" in out}
+  want = (made["encoder1_block0"] + made["expand1_norm"]) @ variables["params"]["final"]["kernel"]
+  np.testing.assert_allclose(made["final"], want, atol=1e-5)
+
+
+def test_ablations_reach_the_parts():
+  seen = {}
+
+  def watch(next_call, args, kwargs, context):
+    module = context.module
+    if isinstance(module, cvmh_unet.Block | cvmh_unet.Fusion) and context.method_name == "__call__":
+      seen[module.name] = module
+    return next_call(*args, **kwargs)
+
+  changes = {"residual": False, "pointwise": False, "attention": "dense", "frequencies": 3}
+  with cvmh_unet.nn.intercept_methods(watch):
+    jax.eval_shape(tiny(**changes).init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+  assert set(seen) == {"encoder1_block0", "encoder2_block0", "fusion1"}
+  fusion = seen.pop("fusion1")
+  assert (fusion.pointwise, fusion.attention, fusion.frequencies) == (False, "dense", 3)
+  assert not any(block.residual for block in seen.values())
+
+
+@pytest.mark.parametrize("skip", ["add", "add_before"])
+def test_five_stages_of_sums_pool_nothing(skip):
+  shape = {"widths": (8,) * 5, "encoder_depths": (1,) * 5, "decoder_depths": (0,) * 5, "state_size": 1}
+  x = jnp.zeros((1, 64, 64, 3))
+  logits, _ = jax.eval_shape(cvmh_unet.vm_unet(3, **shape, skip=skip).init_with_output, jax.random.key(0), x)
+  assert logits.shape == (1, 64, 64, 3)
+  with pytest.raises(ValueError, match="pool_sizes: got"):
+    jax.eval_shape(cvmh_unet.CVMHUNet(3, **shape).init, jax.random.key(0), x)
+
+
+def test_remat_changes_no_number():
+  shape = {"widths": (8,), "encoder_depths": (2,), "decoder_depths": (0,), "local": True, "drop_path": 0.5}
+  rng = np.random.default_rng(9)
+  x = rng.standard_normal((4, 8, 8, 3)).astype("float32")
+  shapes = jax.eval_shape(tiny(**shape).init, jax.random.key(0), x)
+  variables = jax.tree.map(lambda s: rng.uniform(0.5, 1, s.shape).astype("float32"), shapes)
+
+  def step(model):
+    def loss(params):
+      logits, state = model.apply(
+        variables | {"params": params}, x, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(1)}
+      )
+      return (logits**2).mean(), (logits, state)
+
+    traced = jax.jit(jax.value_and_grad(loss, has_aux=True)).trace(variables["params"])
+    return str(traced.jaxpr).count("prevent_cse"), traced.lower().compile()(variables["params"])
+
+  (plain, want), (recomputes, got) = (step(tiny(**shape, remat=remat)) for remat in (False, True))
+  assert recomputes > plain
+  chex.assert_tree_all_finite(want)
+  chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_drop_path_rises_and_falls():
   model = cvmh_unet.vm_unet(widths=(8, 8, 8), encoder_depths=(2, 1, 1), decoder_depths=(1, 2, 1), drop_path=0.4)
   table = []
@@ -235,6 +313,19 @@ def test_loss_is_cross_entropy_and_dice_of_what_counts():
   np.testing.assert_allclose(got, -np.log(p[y == 1]).mean() + 1 - np.mean(dice), rtol=1e-5)
   sure = jax.nn.one_hot(labels, 5) * 100
   np.testing.assert_allclose(cvmh_unet.cross_entropy_and_dice(sure, labels), 0, atol=1e-6)
+
+
+def test_loss_refuses_what_it_would_broadcast():
+  logits, labels = jnp.zeros((2, 3, 4, 5)), jnp.zeros((2, 3, 4), int)
+  for argument, change in {
+    "logits: got shape": {"logits": logits[..., :1]},
+    "labels: got shape": {"labels": labels[:1]},
+    "labels: got dtype": {"labels": labels.astype("float32")},
+    "valid: got bool of shape": {"valid": jnp.ones((1, 1, 4), bool)},
+    "valid: got int32": {"valid": labels + 2},
+  }.items():
+    with pytest.raises(ValueError, match=argument):
+      cvmh_unet.cross_entropy_and_dice(**{"logits": logits, "labels": labels} | change)
 
 
 def test_scans_keep_their_decays():

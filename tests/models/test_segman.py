@@ -1,3 +1,6 @@
+import json
+
+import chex
 import golden_rule
 import jax
 import jax.numpy as jnp
@@ -5,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlab.models import segman
+from jaxlab.nn.resize import resize
 
 
 def count(tree):
@@ -61,6 +65,32 @@ def test_golden_decoder():
   golden_rule.check("segman_decoder", segman.decoder_from_torch, apply, atol=2e-4)
 
 
+def test_whole_segmenter_is_converted_as_its_parts():
+  parts = {}
+  for part in ("encoder", "decoder"):
+    with np.load(golden_rule.GOLDEN / f"segman_{part}.npz") as file:
+      state = golden_rule.state(json.loads(str(file["manifest"])))
+    parts[part] = {name: value for name, value in state.items() if not name.startswith("classifier.")}
+  whole = {f"backbone.{name}": value for name, value in parts["encoder"].items()}
+  whole |= {f"decode_head.{name}": value for name, value in parts["decoder"].items()}
+  got = segman.from_torch(whole)
+  model = segman.segmenter("T", 12)
+  chex.assert_trees_all_equal_shapes(got, jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3))))
+  want = {
+    "encoder": segman.encoder_from_torch(parts["encoder"]),
+    "decoder": segman.decoder_from_torch(parts["decoder"]),
+  }
+  for collection, trees in got.items():
+    chex.assert_trees_all_equal(trees, {part: tree[collection] for part, tree in want.items()})
+
+  broken = whole | {"auxiliary_head.conv_seg.bias": np.zeros(12)}
+  del broken["backbone.patch_embed.0.weight"], broken["decode_head.cat.conv.weight"]
+  with pytest.raises(ValueError, match="got 3 mismatches") as error:
+    segman.from_torch(broken)
+  for name in whole.keys() ^ broken.keys():
+    assert name in str(error.value)
+
+
 def test_last_mixer_is_attention_twice():
   # With the window as large as the map and no biases both steps are softmax(q k^T): out = A (A v).
   mixer = segman.Mixer(num_heads=2, window=3, global_tokens=9)
@@ -113,7 +143,58 @@ def test_decoder_scans_a_map_of_stride_32(side):
 
 
 def test_global_bias_is_resized_to_the_map():
-  model = narrow()
-  variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 96, 96, 3)))
-  assert variables["params"]["stage4_block0"]["mixer"]["global_bias"].shape == (4, 9, 9)
-  assert jax.eval_shape(model.apply, variables, jnp.zeros((2, 96, 160, 3))).shape == (2, 7)
+  made_for, at_hand = (segman.Mixer(num_heads=2, window=3, global_tokens=count) for count in (9, 20))
+  x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 4, 5, 8)), "float32")
+  params = jax.jit(made_for.init)(jax.random.key(0), x)["params"]
+  params["qkv"]["kernel"] *= 30
+  bias = jax.random.normal(jax.random.key(1), (2, 9, 9))
+  got = jax.jit(made_for.apply)({"params": params | {"global_bias": bias}}, x)
+  apply = jax.jit(at_hand.apply)
+  want, linear = (
+    apply({"params": params | {"global_bias": resize(bias[..., None], (20, 20), method)[..., 0]}}, x)
+    for method in ("cubic", "linear")
+  )
+  np.testing.assert_allclose(got, want, atol=1e-5)
+  assert np.abs(got - linear).max() > 1e-3
+
+
+def test_without_local_attention_windows_need_no_room():
+  model, small = narrow(local=False), jnp.zeros((1, 32, 32, 3))
+  assert jax.eval_shape(model.init_with_output, jax.random.key(0), small)[0].shape == (1, 7)
+  with pytest.raises(ValueError, match="images: got 32x32 pixels, expected at least 33x33 for window 5 of stage 2"):
+    jax.eval_shape(narrow().init, jax.random.key(0), small)
+
+
+def test_remat_changes_no_number():
+  shape = {"num_classes": 0, "widths": (4,), "depths": (2,), "heads": (1,), "windows": (3,), "mlp_ratios": (1,)}
+  shape |= {"global_tokens": 9, "drop_path": 0.5}
+  rng = np.random.default_rng(0)
+  x = rng.standard_normal((4, 12, 12, 3)).astype("float32")
+  shapes = jax.eval_shape(segman.Encoder(**shape).init, jax.random.key(0), x)
+  variables = jax.tree.map(lambda s: rng.uniform(0.5, 1, s.shape).astype("float32"), shapes)
+
+  def step(model):
+    def loss(params):
+      (y,), state = model.apply(
+        variables | {"params": params}, x, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(1)}
+      )
+      return (y**2).sum(), (y, state)
+
+    traced = jax.jit(jax.value_and_grad(loss, has_aux=True)).trace(variables["params"])
+    return "prevent_cse" in str(traced.jaxpr), traced.lower().compile()(variables["params"])
+
+  (plain, want), (recomputes, got) = (step(segman.Encoder(**shape, remat=remat)) for remat in (False, True))
+  assert recomputes and not plain
+  chex.assert_tree_all_finite(want)
+  chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_lone_image_is_not_trained_on():
+  model, maps = segman.Decoder(3, 8, 8), [jnp.ones((1, side, side, 4)) for side in (4, 2, 1)]
+  train = lambda model, maps: jax.eval_shape(
+    lambda: model.init_with_output({"params": jax.random.key(0), "dropout": jax.random.key(1)}, maps, train=True)[0]
+  )
+  with pytest.raises(ValueError, match="maps: got a batch of 1 to train on"):
+    train(model, maps)
+  assert train(model, [jnp.tile(m, (2, 1, 1, 1)) for m in maps]).shape == (2, 4, 4, 3)
+  assert train(model.clone(axis_name="batch"), maps).shape == (1, 4, 4, 3)  # the other devices have more

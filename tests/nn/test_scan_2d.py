@@ -90,6 +90,8 @@ def test_start_and_sizes():
     scan_2d.order("spiral", 2, 2)
   with pytest.raises(ValueError, match="directions: got"):
     SelectiveScan2D(4, directions=()).init(jax.random.key(0), jnp.zeros((1, 2, 2, 20)))
+  with pytest.raises(ValueError, match="state_size: got 0"):
+    SelectiveScan2D(0).init(jax.random.key(0), jnp.zeros((1, 2, 2, 20)))
 
 
 def test_bfloat16_scans_in_float32():

@@ -38,6 +38,10 @@ def init(x=None, **changes):
   return lambda: jax.eval_shape(model(**changes).init, jax.random.key(0), inputs(0) if x is None else x)
 
 
+def loss(shape, labels, valid=None):
+  return lambda: cvmh_unet.cross_entropy_and_dice(np.zeros(shape, "float32"), labels, valid)
+
+
 CASE = Case(
   function=apply(),
   params=VARIABLES["params"],
@@ -59,7 +63,14 @@ CASE = Case(
     "too many frequencies": (init(frequencies=17), "frequencies"),
     "no frequencies": (init(frequencies=0), "frequencies"),
     "no classes": (init(num_classes=0), "num_classes"),
-    "no states": (init(state_size=0), "directions"),
+    "no states": (init(state_size=0), "state_size"),
+    "no directions": (init(directions=()), "directions"),
     "drop path of one": (init(drop_path=1.0), "drop_path"),
+    "pixels of one class": (loss((2, 3, 4, 1), np.zeros((2, 3, 4), int)), "logits"),
+    "logits without a batch": (loss((3, 4, 5), np.zeros((3, 4), int)), "logits"),
+    "labels that would be broadcast": (loss((2, 3, 4, 5), np.zeros((1, 3, 4), int)), "labels"),
+    "labels as floats": (loss((2, 3, 4, 5), np.zeros((2, 3, 4), "float32")), "labels"),
+    "a mask that would be broadcast": (loss((2, 3, 4, 5), np.zeros((2, 3, 4), int), np.ones((1, 1, 4), bool)), "valid"),
+    "weights for a mask": (loss((2, 3, 4, 5), np.zeros((2, 3, 4), int), np.full((2, 3, 4), 2)), "valid"),
   },
 )

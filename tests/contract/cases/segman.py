@@ -13,9 +13,11 @@ def inputs(seed):
 
 def model(decoder=None, **changes):
   shape = {"num_classes": 0, "widths": (8, 8, 16, 16), "depths": (1,) * 4, "heads": (1, 2, 2, 4)}
-  precision = {name: changes[name] for name in ("dtype",) if name in changes}
+  head = {"num_classes": 5, "width": 8, "map_width": 8} | {
+    name: changes[name] for name in ("dtype",) if name in changes
+  }
   shape |= {"windows": (3,) * 4, "mlp_ratios": (2,) * 4, "global_tokens": 9, "layer_scale": 0.5}
-  return segman.SegMAN(segman.Encoder(**shape | changes), segman.Decoder(5, 8, 8, **precision, **decoder or {}))
+  return segman.SegMAN(segman.Encoder(**shape | changes), segman.Decoder(**head | (decoder or {})))
 
 
 VARIABLES = jax.jit(model().init)(jax.random.key(0), inputs(0))
@@ -28,6 +30,15 @@ def apply(**changes):
 
 def init(x=None, **changes):
   return lambda: jax.eval_shape(model(**changes).init, jax.random.key(0), inputs(0) if x is None else x)
+
+
+def train():
+  model().apply(VARIABLES, inputs(0), train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)})
+
+
+def decode(*shapes):
+  maps = [np.zeros(shape, "float32") for shape in shapes]
+  return lambda: jax.eval_shape(segman.Decoder(5, 8, 8).init, jax.random.key(0), maps)
 
 
 CASE = Case(
@@ -48,5 +59,15 @@ CASE = Case(
     "an even window": (init(windows=(3, 2, 3, 3)), "window"),
     "drop path of one": (init(drop_path=1.0), "drop_path"),
     "unknown variant": (lambda: segman.encoder("XL"), "variant"),
+    "one image to train on": (lambda: jax.eval_shape(train), "maps"),
+    "two maps": (decode((2, 8, 8, 4), (2, 4, 4, 4)), "maps"),
+    "maps without a batch": (decode((8, 8, 4), (4, 4, 4), (2, 2, 4)), "maps"),
+    "maps of two batches": (decode((2, 8, 8, 4), (1, 4, 4, 4), (1, 2, 2, 4)), "maps"),
+    "maps that grow": (decode((2, 8, 8, 4), (2, 4, 4, 4), (2, 4, 8, 4)), "maps"),
+    "an empty map": (decode((2, 8, 8, 4), (2, 4, 4, 4), (2, 0, 2, 4)), "maps"),
+    "a map that 4 does not divide": (decode((2, 8, 6, 4), (2, 4, 3, 4), (2, 2, 2, 4)), "maps"),
+    "no classes": (init(decoder={"num_classes": 0}), "num_classes"),
+    "dropout of one": (init(decoder={"dropout": 1.0}), "dropout"),
+    "a decoder without width": (init(decoder={"map_width": 0}), "map_width"),
   },
 )
