@@ -11,7 +11,7 @@ only on the seed and i. Augmentation that mixes examples is in `jaxlab.data.augm
 import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import grain
 import numpy as np
@@ -27,6 +27,7 @@ CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+Padding = Literal["constant", "reflect"]  # of `np.pad`
 Augmentation = Callable[[UInt8[np.ndarray, "h w c"], np.random.Generator], UInt8[np.ndarray, "h w c"]]
 
 
@@ -228,11 +229,19 @@ def normalize(
 
 
 def crop_and_flip(
-  image: Shaped[np.ndarray, "h w c"], rng: np.random.Generator, *, padding: int = 4
+  image: Shaped[np.ndarray, "h w c"], rng: np.random.Generator, *, padding: int = 4, mode: Padding = "constant"
 ) -> Shaped[np.ndarray, "h w c"]:
-  """Pads with zeros, cuts the original size out at a random place, mirrors half of the images: the usual recipe."""
+  """Pads, cuts the original size out at a random place, mirrors half of the images: the usual recipe.
+
+  Args:
+    image: of any dtype.
+    rng: of place and mirroring.
+    padding: pixels on each side.
+    mode: "constant" pads with zeros, "reflect" mirrors the image at its outermost pixels.
+  """
+  checks.choice("mode", mode, Padding)
   height, width = image.shape[:2]
-  padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+  padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)), mode)
   top, left = rng.integers(0, 2 * padding + 1, 2)
   crop = padded[top : top + height, left : left + width]
   return crop[:, ::-1] if rng.random() < 0.5 else crop

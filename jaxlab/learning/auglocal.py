@@ -16,8 +16,10 @@ The two heads that it is compared with are here as well: `greedy`, a mean over p
 "0c1f"), and `dgl`, the multi-layer perceptron of Decoupled Greedy Learning.
 
 Differs from the official code: with M = 2 that divides by zero, here d_0 = d; STL-10 has 10 classes, not the 100 that a
-misspelt key gives it there. VGG-19 is there for ImageNet alone; here it is the usual one for 32 x 32, and its heads
-follow the rule above, with a maximum over 2 x 2 pixels where a ResNet has a stride of 2.
+misspelt key gives it there. For ImageNet it has ResNet-34, ResNet-101 and VGG-13, whose heads end in layers of their
+own, and M = n; none of these are here, nor are PredSim's heads, one more baseline, nor SVHN and STL-10 among the
+experiment's data. VGG-19 is here the usual one for 32 x 32, and its heads follow the rule above, with a maximum over
+2 x 2 pixels where a ResNet has a stride of 2.
 """
 
 import math
@@ -101,9 +103,10 @@ class AugLocal(local.LocalNetwork):
   """A backbone whose first modules have one unit and one head each.
 
   Attributes, besides those of `LocalNetwork`:
-    depth: d, blocks in the first head.
+    depth: d, blocks in the first head; fewer than n where it gives M.
     pyramid: tau, how fast heads get shallower; 0 not at all.
-    modules: M, the last module included; None for n - d, or n for heads that are not `auglocal`. 1 is backpropagation.
+    modules: M, the last module included; None for n - d, or n for heads that are not `auglocal`. 1, and so d = n - 1,
+      is backpropagation.
     head_kind: "auglocal", "greedy" or "dgl".
   """
 
@@ -113,7 +116,8 @@ class AugLocal(local.LocalNetwork):
   head_kind: HeadKind = "auglocal"
 
   def __post_init__(self) -> None:
-    checks.count("depth", self.depth)
+    counted = self.modules is None and self.head_kind == "auglocal"
+    checks.count("depth", self.depth, 1, len(self.backbone) - 1 if counted else None)
     checks.real("pyramid", self.pyramid)
     checks.count("num_classes", self.num_classes)
     checks.choice("head_kind", self.head_kind, HeadKind)
@@ -124,7 +128,7 @@ class AugLocal(local.LocalNetwork):
   def ends(self) -> tuple[int, ...]:
     """Units 0 .. M - 2, and the last."""
     units = len(self.backbone)
-    default = max(1, units - self.depth) if self.head_kind == "auglocal" else units
+    default = units - self.depth if self.head_kind == "auglocal" else units
     return (*range((default if self.modules is None else self.modules) - 1), units - 1)
 
   def make_head(self, index: int) -> nn.Module:

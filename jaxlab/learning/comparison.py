@@ -1,6 +1,7 @@
 """Ways to train compared on one image set: the same batches for all, several seeds each, error and memory of a step."""
 
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,7 @@ class Recipe:
   """Settings that all that is compared shares. An experiment adds its own; each field is an option of its command.
 
   Raises:
-    ValueError: fewer than one seed.
+    ValueError: fewer than one seed, an unknown padding.
   """
 
   layers: int = 14
@@ -41,6 +42,8 @@ class Recipe:
   """Images a step."""
   learning_rate: float = 0.1
   """Highest rate of SGD."""
+  padding: images.Padding = "constant"
+  """Of images before they are cropped at random: with zeros, or reflected."""
   warmup: int = 1
   """Epochs of linear warm-up."""
   seeds: int = 3
@@ -48,6 +51,7 @@ class Recipe:
 
   def __post_init__(self) -> None:
     checks.count("seeds", self.seeds)
+    checks.choice("padding", self.padding, images.Padding)
 
   @property
   def name(self) -> str:
@@ -67,12 +71,14 @@ class Task(NamedTuple):
     test: batches of the test images.
     size: side of the images that networks see.
     batch_size: of training.
+    padding: before random crops.
   """
 
   pixels: images.Images
   test: list[train.Batch]
   size: int
   batch_size: int
+  padding: images.Padding = "constant"
 
   @property
   def steps_per_epoch(self) -> int:
@@ -81,7 +87,7 @@ class Task(NamedTuple):
 
   def batches(self, seed: int) -> grain.DatasetIterator:
     """Host. Training batches for ever, cropped and flipped at random."""
-    augment = images.crop_and_flip
+    augment = functools.partial(images.crop_and_flip, mode=self.padding)
     return images.batches(self.pixels, self.batch_size, seed=seed, augment=augment, size=self.size, **_NORMALISATION)
 
   def plain(self) -> list[train.Batch]:
@@ -99,7 +105,7 @@ def cifar10(recipe: Recipe) -> Task:
     count = checks.count("train_images", recipe.train_images, 1, count)
   checks.count("batch_size", recipe.batch_size, 1, count)
   pixels = images.Images(image=known["image"][:count], label=known["label"][:count])
-  return Task(pixels, _in_order(held_out, recipe.size), recipe.size, recipe.batch_size)
+  return Task(pixels, _in_order(held_out, recipe.size), recipe.size, recipe.batch_size, recipe.padding)
 
 
 def _in_order(pixels: images.Images, size: int) -> list[train.Batch]:
@@ -149,14 +155,14 @@ def measure(
 
 
 def jitted(learner: train.Learner) -> train.Learner:
-  """The learner with functions that all seeds share, compiled once."""
+  """The learner with functions that all seeds share, compiled once; over several devices `train.fit` compiles anew."""
   return train.Learner(learner.init, jax.jit(learner.step, donate_argnums=0), jax.jit(learner.evaluate))
 
 
 def trained(
   learner: train.Learner, task: Task, *, epochs: int, seeds: int, folder: pathlib.Path, config: dict[str, Any]
 ) -> Iterator[Any]:
-  """Trained states, one for each seed of initialisation, order and augmentation.
+  """Trained states, one for each seed of initialisation, order and augmentation; batches are shared over all devices.
 
   Args:
     learner: from `jitted`.
@@ -174,6 +180,7 @@ def trained(
       workdir=folder / f"seed{seed}",
       key=jax.random.key(seed),
       config=config,
+      mesh=train.mesh() if jax.device_count() > 1 else None,
       tensorboard=False,
     )
 

@@ -130,11 +130,13 @@ def learner(
     tx: the optimizer of all weights.
     momentum: m of `average = m average + (1 - m) weights` for what the model averages (`model.averaged`), from the
       weights before the update; None for models that average nothing. Averages are no parameters for the optimizer.
+      They are kept in float32 at least: in bfloat16, steps of 1 - m = 0.005 would be rounded away.
 
   Returns:
     A learner on batches of `image` and `label`, whose state is a `TrainState` with `batch_stats` and `averages` among
-    its collections. Metrics are those of the last module's loss, `loss`, the sum over modules, and `local_loss`, the
-    mean over all modules but the last.
+    its collections. Metrics of a step are those of the last module's loss, `loss`, the sum over modules, and
+    `local_loss`, the mean over all modules but the last. `evaluate` runs no heads: its `loss` is the last module's
+    alone, not to be set beside that of a step.
 
   Raises:
     ValueError: a momentum outside [0, 1], or one that is missing or in vain.
@@ -151,6 +153,7 @@ def learner(
     init_key, state_key = jax.random.split(key)
     variables = dict(model.init(init_key, batch["image"]))
     params, averages = split_averages(model, variables.pop("params"))
+    averages = jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), averages)
     collections = variables | ({_AVERAGES: averages} if averages else {})
     return TrainState(jnp.zeros((), jnp.int32), params, collections, tx.init(params), None, state_key)
 
@@ -166,7 +169,10 @@ def learner(
     done = jnp.zeros((), jnp.float32)
     for index in range(count):
       mine = {name: state.params[name] for name in model.members(index)}
-      frozen = {name: averages[name] for name in model.averaged(index)}
+      frozen = {
+        name: jax.tree.map(lambda average, weights: average.astype(weights.dtype), averages[name], state.params[source])
+        for name, source in model.averaged(index).items()
+      }
       first = f"units_{model.span(index)[0]}"  # all of a module comes after it
       mine[first] = _after(done, mine[first])
       known = {name: stats[name] for name in (*mine, *frozen) if name in stats}
@@ -191,7 +197,7 @@ def learner(
       grads, seen, metrics = jax.lax.pmean((grads, seen, metrics), axis_name)
     collections: dict[str, PyTree] = {"batch_stats": seen}
     if followed:
-      move = lambda average, weights: decay * average + (1 - decay) * weights
+      move = lambda average, weights: decay * average + (1 - decay) * weights.astype(average.dtype)
       collections[_AVERAGES] = {
         name: jax.tree.map(move, averages[name], state.params[source]) for name, source in followed.items()
       }

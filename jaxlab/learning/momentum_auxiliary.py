@@ -19,7 +19,9 @@ The official code, and this, keep a frozen block and a trainable one, each of th
 
 Differs from the official code: its a_j and b_j follow the stage of n(j) where InfoPro's follow j, and get negative for
 few modules. Here `linear_weights` is InfoPro's rule and `stage_weights` the code's, which refuses what is negative.
-What is named "16" and "55" there has 15 and 54 modules.
+What is named "16" (ResNet-32) and "55" (ResNet-110) there has 15 and 54 modules. ResNet-101, ResNet-152 and
+ResNeXt-101, with the wider heads for ImageNet, are not here; nor are SVHN and STL-10 among the experiment's data, nor
+the paper's version on the heads of Decoupled Greedy Learning, which was not released.
 """
 
 from collections.abc import Mapping, Sequence
@@ -214,10 +216,15 @@ def resnet110(modules: int, num_classes: int = 10, **changes: Any) -> MomentumAu
 
 
 def _resnet(layers: int, modules: int, num_classes: int, changes: dict[str, Any]) -> MomentumAuxiliary:
-  cuts = CUTS[layers][checks.choice("modules", modules, tuple(CUTS[layers]))]
+  return MomentumAuxiliary(cifar.resnet(layers), num_classes, cuts=published_cuts(layers, modules), **changes)
+
+
+def published_cuts(layers: int, modules: int) -> tuple[int, ...]:
+  """The last unit of each module, for the `layers` and `modules` of `CUTS`."""
+  table = CUTS[checks.choice("layers", layers, tuple(CUTS))]
   blocks = (layers - 2) // 6
-  units = tuple((stage - 1) * blocks + block + 1 for stage, block in cuts)
-  return MomentumAuxiliary(cifar.resnet(layers), num_classes, cuts=units, **changes)
+  cuts = table[checks.choice("modules", modules, tuple(table))]
+  return tuple((stage - 1) * blocks + block + 1 for stage, block in cuts)
 
 
 def linear_weights(modules: int, first: tuple[float, float], last: tuple[float, float]) -> list[tuple[float, float]]:
@@ -245,12 +252,17 @@ def stage_weights(
     last: the same.
 
   Raises:
-    ValueError: a weight below zero, as it gives for few modules.
+    ValueError: a network without the three stages of a ResNet; a weight below zero, as it gives for few modules.
   """
   checks.count("modules", modules)
-  per_stage = (len(model.backbone) - 1) // 3
-  stages = [end // per_stage + 1 for end in model.cuts[:-1]]
-  return [_mixed(first, last, s / (modules - 2) if modules > 2 else 0.0) for s in stages]
+  blocks = len(model.backbone) - 1
+  if model.backbone.kind != "resnet" or blocks % 3:
+    raise ValueError(f"model: got a {model.backbone.kind!r} of {blocks + 1} units, expected a ResNet of three stages")
+  stages = [_next(model, j)[0] for j in range(model.num_modules - 1)]
+  weights = [_mixed(first, last, s / (modules - 2) if modules > 2 else 0.0) for s in stages]
+  if any(min(pair) < 0 for pair in weights):
+    raise ValueError(f"modules: got {modules}, whose weights would be {weights}, expected enough for none below 0")
+  return weights
 
 
 def _mixed(first: tuple[float, float], last: tuple[float, float], r: float) -> tuple[float, float]:
@@ -280,7 +292,8 @@ def learner(
     A learner on batches of `image`, normalised, and `label`.
 
   Raises:
-    ValueError: weights of another number or below zero, a momentum outside [0, 1].
+    ValueError: weights of another number or below zero, a momentum outside [0, 1]; from `step`, images that are not of
+      the model's `image_size`.
   """
   weights = [(float(a), float(b)) for a, b in weights]
   if len(weights) != model.num_modules - 1 or any(min(pair) < 0 for pair in weights):
@@ -294,6 +307,8 @@ def learner(
     if index == model.num_modules - 1:
       return cross_entropy(output, batch)
     pixels, guess = output
+    if pixels.shape != batch["image"].shape:
+      raise ValueError(f"image_size: got {model.image_size}, expected the side of the images {batch['image'].shape}")
     target = batch["image"] * jnp.asarray(std, jnp.float32) + jnp.asarray(mean, jnp.float32)
     painted = jnp.mean(optax.losses.sigmoid_binary_cross_entropy(pixels.astype(jnp.float32), target))
     if model.loss_mode == "contrast":
@@ -317,7 +332,8 @@ def supervised_contrast(
     temperature: divides cosines.
   """
   z = features.astype(jnp.float32)
-  z = z / jnp.maximum(jnp.linalg.norm(z, axis=-1, keepdims=True), 1e-12)
+  squares = jnp.sum(z**2, -1, keepdims=True)
+  z = z * jax.lax.rsqrt(jnp.where(squares > 1e-24, squares, 1.0))  # a row of zeros, whose norm has no gradient, stays
   others = ~jnp.eye(len(z), dtype=bool)
   log_share = jax.nn.log_softmax(jnp.where(others, z @ z.T / temperature, -jnp.inf), axis=-1)
   positive = others & (labels[:, None] == labels[None, :])

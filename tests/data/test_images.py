@@ -122,15 +122,16 @@ def test_shards_are_disjoint(toy, drop_remainder):
     assert sorted(seen) == list(range(23))
 
 
-def test_crop_and_flip():
+@pytest.mark.parametrize("mode", [None, "constant", "reflect"])
+def test_crop_and_flip(mode):
   image = np.arange(1, 49, dtype=np.uint8).reshape(4, 4, 3)
   rng = np.random.default_rng(0)
   seen, mirrored = set(), 0
   for _ in range(2000):
-    out = images.crop_and_flip(image, rng, padding=1)
+    out = images.crop_and_flip(image, rng, padding=1, **({"mode": mode} if mode else {}))
     assert out.shape == image.shape and out.dtype == np.uint8
     candidates = {}
-    padded = np.pad(image, ((1, 1), (1, 1), (0, 0)))
+    padded = np.pad(image, ((1, 1), (1, 1), (0, 0)), mode=mode or "constant")
     for top in range(3):
       for left in range(3):
         crop = padded[top : top + 4, left : left + 4]
@@ -139,6 +140,8 @@ def test_crop_and_flip():
     seen.add(found)
     mirrored += found[2]
   assert len(seen) == 18 and 900 < mirrored < 1100
+  with pytest.raises(ValueError, match="mode: got 'wrap'"):
+    images.crop_and_flip(image, rng, mode="wrap")
 
 
 def test_augmentation_differs_between_examples_and_epochs():

@@ -1,16 +1,41 @@
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from experiments import momentum_auxiliary as experiment
 from jaxlab.data import images
+from jaxlab.learning import momentum_auxiliary as man
 
 
 def test_paper_preset_is_the_published_recipe():
   config = experiment.parse(["--preset", "paper"])
   assert (config.layers, config.widths, config.size, config.epochs) == (32, (16, 16, 32, 64), 32, 400)
   assert (config.batch_size, config.learning_rate, config.warmup, config.momentum) == (1024, 0.8, 10, 0.995)
+  assert (config.first, config.last, config.rule, config.padding) == ((5, 0.5), (0, 0), "stage", "reflect")
+  assert config.modules == (8, 15)
+  larger = experiment.parse(["--preset", "paper-110"])
+  assert (larger.layers, larger.modules, larger.rule, larger.widths) == (110, (32, 54), "stage", config.widths)
+
+
+@pytest.mark.parametrize("preset", ["paper", "paper-110"])
+def test_paper_presets_have_published_cuts_and_errors(preset):
+  config = experiment.parse(["--preset", preset, "--methods", "InfoPro", "MAN"])
+  models = experiment.networks(config)
+  assert models.keys() == experiment.PUBLISHED[config.layers].keys()
+  few, many = (models[f"MAN, {k} modules"] for k in config.modules)
+  cuts = {"paper": (1, 3, 5, 7, 9, 11, 13, 15), "paper-110": man.resnet110(32).cuts}
+  assert few.cuts == cuts[preset] and many.cuts == tuple(range(1, len(many.backbone)))
+  named = {"paper": 16, "paper-110": 55}[preset]
+  assert experiment.weights(config, many) == man.stage_weights(many, named, (5, 0.5), (0, 0))
+  assert experiment.weights(config, models["backpropagation"]) == []
+
+
+def test_linear_weights_by_default():
+  config = experiment.Config(modules=(3,))
+  model = experiment.networks(config)["MAN, 3 modules"]
+  assert experiment.weights(config, model) == [(5, 0.5), (4, 0.4)]
 
 
 def test_cuts():
@@ -30,6 +55,7 @@ def fake_arrays(name, split):
 
 def test_runs_end_to_end(tmp_path, monkeypatch):
   monkeypatch.setattr(images, "as_arrays", fake_arrays)
+  monkeypatch.setattr(jax, "device_count", lambda: 1)  # compiled in half the time; AugLocal's test has all devices
   config = experiment.Config(
     layers=8, widths=(4, 4, 4, 4), size=8, modules=(2,), methods=("average",), epochs=1, batch_size=16, seeds=1,
     workdir=tmp_path,

@@ -112,6 +112,37 @@ def test_dgl_parameters():
   assert 19 * sizes[16] + 18 * sizes[32] + 17 * sizes[64] == 3_375_036
 
 
+@pytest.mark.parametrize("depth", [4, 5])
+def test_heads_as_deep_as_the_network(depth):
+  with pytest.raises(ValueError, match=f"depth: got {depth}, .* at most 3"):
+    auglocal.AugLocal(cifar.resnet(8), depth=depth)
+  assert auglocal.AugLocal(cifar.resnet(8), depth=depth, modules=2).num_modules == 2
+
+
+def test_dgl_head_is_the_reference():
+  """Side 8: convolutions on 2 x 2 pixels, whose channels come first when they are laid out in a row."""
+  head = auglocal.DGLHead(3)
+  h = np.random.default_rng(0).standard_normal((2, 8, 8, 4)).astype("float32")
+  variables = head.init(jax.random.key(0), h)
+  params = jax.tree.map(np.asarray, variables["params"])
+  relu = lambda x: np.maximum(x / np.sqrt(1 + 1e-5), 0)  # of a normalisation that has seen nothing
+  y = h.reshape(2, 2, 4, 2, 4, 4).mean((2, 4))
+  for i in range(3):
+    y = relu(y @ params[f"convs_{i}"]["kernel"][0, 0])
+  row = np.stack([[y[b, p, q, c] for c in range(4) for p in range(2) for q in range(2)] for b in range(2)])
+  for i in range(2):
+    row = relu(row @ params[f"dense_{i}"]["kernel"])
+  expected = row @ params["classifier"]["kernel"] + params["classifier"]["bias"]
+  np.testing.assert_allclose(head.apply(variables, h), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (8, 1)])
+def test_a_maximum_of_one_pixel(shape):
+  model = auglocal.AugLocal(TINY, 3, modules=1)
+  with pytest.raises(ValueError, match="images: got .* pixels before a maximum over 2 x 2"):
+    jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((2, *shape, 3)))
+
+
 def test_vgg19_is_the_usual_one():
   model = auglocal.vgg19()
   params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
@@ -227,7 +258,7 @@ def test_later_modules_do_not_matter_to_earlier_ones():
 
 def test_one_module_is_backpropagation():
   model = auglocal.AugLocal(TINY, 3, depth=3, modules=1)
-  assert auglocal.AugLocal(TINY, 3, depth=4).num_modules == 1
+  assert auglocal.AugLocal(TINY, 3, depth=3).num_modules == 1  # the rule's M = n - d
   ours, plain = auglocal.learner(model, KEEP), train.supervised(model, CROSS_ENTROPY, KEEP)
   state = jax.jit(plain.init)(jax.random.key(0), batch(0))
   a, mine = jax.jit(ours.step)(state, batch(1))

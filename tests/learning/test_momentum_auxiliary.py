@@ -131,8 +131,25 @@ def test_loss_weights():
   np.testing.assert_allclose(
     stage[:1] + stage[4:6] + stage[-1:], [(4.643, 0.464), (4.286, 0.429), (4.286, 0.429), (3.929, 0.393)], atol=1e-3
   )
-  with pytest.raises(ValueError, match="weights: got"):
-    man.learner(man.resnet32(4), KEEP, man.stage_weights(man.resnet32(4), 4, (5, 0.5), (0, 0)))
+
+
+@pytest.mark.parametrize(
+  ("model", "modules", "name"),
+  [
+    (man.resnet32(4), 4, "modules"),  # (2.5, 0.25), (0, 0), (-2.5, -0.25)
+    (man.MomentumAuxiliary(cifar.vgg19(), cuts=(3, 15)), 8, "model"),
+    (man.MomentumAuxiliary(cifar.Backbone("resnet", (4,) * 6, (1,) * 6), cuts=(3, 5)), 8, "model"),
+  ],
+)
+def test_stage_weights_that_are_none(model, modules, name):
+  with pytest.raises(ValueError, match=f"{name}: got"):
+    man.stage_weights(model, modules, (5, 0.5), (0, 0))
+
+
+def test_contrast_of_a_row_of_zeros():
+  z = jnp.zeros((4, 3)).at[1:].set(jax.random.normal(jax.random.key(0), (3, 3)))
+  value, gradient = jax.value_and_grad(man.supervised_contrast)(z, jnp.array([0, 0, 1, 1]))
+  assert np.isfinite(value) and np.isfinite(gradient).all() and np.abs(gradient).max() < 1e3
 
 
 # ------------------------------------------------------------------------------------------------------- the algorithm
@@ -256,6 +273,72 @@ def test_limits_of_the_momentum(m):
   expected = state.params["units_1"] if m == 0 else state.collections["averages"]["averages_0"]
   for a, b in zip(jax.tree.leaves(moved["averages_0"]), jax.tree.leaves(expected), strict=True):
     np.testing.assert_array_equal(a, b)
+
+
+def test_averages_of_bfloat16_weights_move():
+  """In bfloat16 0.995 + 0.005 * 0.8 is 1 again."""
+  m = 0.995
+  backbone = cifar.Backbone("vgg", (4, 4), (1, 2))
+  model = man.MomentumAuxiliary(backbone, 3, **SHAPE | {"cuts": (0, 1)}, param_dtype="bfloat16")
+  learner = man.learner(model, local.sgd(0.0), [(1.0, 1.0)], momentum=m)
+  state = jax.jit(learner.init)(jax.random.key(0), batch(0))
+  fill = lambda tree, value: jax.tree.map(lambda leaf: jnp.full_like(leaf, value), tree)
+  state = state.replace(
+    params=state.params | {"units_1": fill(state.params["units_1"], 0.8)},
+    collections=state.collections | {"averages": fill(state.collections["averages"], 1.0)},
+  )
+  step = jax.jit(learner.step)
+  for _ in range(3):
+    state, _ = step(state, batch(1))
+  weight = float(jnp.bfloat16(0.8))
+  for leaf in jax.tree.leaves(state.collections["averages"]):
+    assert leaf.dtype == jnp.float32
+    np.testing.assert_allclose(leaf, m**3 + (1 - m**3) * weight, rtol=1e-6)
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"bfloat16"}
+
+
+def test_contrast_trains_every_module_by_its_own_loss():
+  """The gradients of a step are those of each loss alone in its own module, and none is without."""
+  model = man.MomentumAuxiliary(BACKBONE, 3, **SHAPE, loss_mode="contrast")
+  step = jax.jit(man.learner(model, KEEP, WEIGHTS, momentum=M).step)
+  state, _ = start()
+  rng, params = np.random.default_rng(0), dict(state.params)
+  for j in (0, 1):  # the one layer whose shape is not that of logits
+    features = {"kernel": rng.standard_normal((6, 6)), "bias": rng.standard_normal(6)}
+    params[f"heads_{j}"] = params[f"heads_{j}"] | {"classifier": jax.tree.map(jnp.float32, features)}
+  state = state.replace(params=params, opt_state=params)
+  new, metrics = step(state, batch(1))
+  assert np.isfinite(metrics["loss"]) and new.params.keys() == new.opt_state.keys()
+  for leaf in jax.tree.leaves(new.opt_state):
+    assert np.isfinite(leaf).all() and np.any(leaf)
+  # What comes after module 0 is no matter to it, the block that it averages included.
+  later = {name for j in (1, 2) for name in model.members(j)}
+  changed = {k: jax.tree.map(lambda p: p + 0.3, v) if k in later else v for k, v in state.params.items()}
+  other, _ = step(state.replace(params=changed), batch(1))
+  for name in model.members(0):
+    for a, b in zip(jax.tree.leaves(new.opt_state[name]), jax.tree.leaves(other.opt_state[name]), strict=True):
+      np.testing.assert_array_equal(a, b)
+
+
+def test_images_of_another_size_than_is_painted():
+  model = man.MomentumAuxiliary(cifar.Backbone("vgg", (4, 4), (1, 2)), 3, **SHAPE | {"cuts": (0, 1), "image_size": 16})
+  learner = man.learner(model, KEEP, [(1.0, 1.0)])
+  state = jax.eval_shape(learner.init, jax.random.key(0), batch(0))
+  with pytest.raises(ValueError, match="image_size: got 16, .*8, 8"):
+    jax.eval_shape(learner.step, state, batch(0))
+
+
+def test_a_step_needs_the_memory_of_a_module():
+  backbone = cifar.Backbone("vgg", (8,) * 16, (1,) * 16)
+  given = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), batch(0, 64))
+
+  def megabytes(*cuts):
+    model = man.MomentumAuxiliary(backbone, 3, **SHAPE | {"cuts": cuts})
+    learner = man.learner(model, local.sgd(0.1), [(1.0, 1.0)] * (len(cuts) - 1))
+    state = jax.eval_shape(learner.init, jax.random.key(0), given)
+    return jax.jit(learner.step, donate_argnums=0).lower(state, given).compile().memory_analysis().temp_size_in_bytes
+
+  assert megabytes(4, 9, 15) < 0.75 * megabytes(15)
 
 
 def test_one_module_is_backpropagation():

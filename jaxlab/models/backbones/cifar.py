@@ -102,7 +102,7 @@ def block(kind: Kind, width: int, stride: int, **options: Any) -> nn.Module:
 
 
 class ConvUnit(nn.Module):
-  """[maximum over 2 x 2,] conv3x3, BN, ReLU.
+  """[maximum over 2 x 2,] conv3x3, BN, ReLU. Images of one pixel have no such maximum: a ValueError.
 
   Attributes:
     features: channels out.
@@ -126,6 +126,8 @@ class ConvUnit(nn.Module):
   def __call__(self, x: Float[Array, "b h w c"], *, train: bool = False) -> Float[Array, "b i j f"]:
     """Images to images."""
     if self.pool:
+      if min(x.shape[1:3]) < 2:
+        raise ValueError(f"images: got {x.shape[1]} x {x.shape[2]} pixels before a maximum over 2 x 2, expected larger")
       x = nn.max_pool(x, (2, 2), (2, 2))
     x = conv(self.features, 3, self.stride, use_bias=self.use_bias, name="conv", **precision(self))(x)
     return BatchNormAct(axis_name=self.axis_name, name="norm", **precision(self))(x, train=train)

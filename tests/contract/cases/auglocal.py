@@ -6,6 +6,7 @@ from jaxlab.learning import auglocal, local
 from jaxlab.models.backbones import cifar
 
 BACKBONE = cifar.resnet(8, (8, 8, 8, 16))
+VGG = cifar.Backbone("vgg", (8, 8), (1, 2))
 
 
 def inputs(seed):
@@ -40,6 +41,7 @@ CASE = Case(
     "bytes": (init(np.zeros((2, 8, 8, 3), "uint8")), "images"),
     "grey": (init(inputs(0)[..., :1]), "images"),
     "no head": (init(depth=0), "depth"),
+    "a head deeper than what is ahead": (init(depth=4), "depth"),
     "steeper than a pyramid": (init(pyramid=1.5), "pyramid"),
     "more modules than units": (init(modules=5), "modules"),
     "no class": (init(num_classes=0), "num_classes"),
@@ -51,6 +53,7 @@ CASE = Case(
     "a stride of three": (lambda: cifar.Backbone("vgg", (8,), (3,)), "strides"),
     "an average of nothing": (lambda: local.learner(model(), None, local.sgd(0.1), momentum=0.9), "momentum"),
     "the head of the last unit": (lambda: auglocal.sampled_units(3, 4, 1), "unit"),
+    "images too small to halve": (init(np.zeros((2, 1, 1, 3), "float32"), backbone=VGG), "images"),
     "names of another network": (lambda: auglocal.from_torch({"a": np.ones(2)}, model()), "state_dict"),
     "heads without official names": (lambda: auglocal.from_torch({}, model(head_kind="dgl")), "model"),
   },

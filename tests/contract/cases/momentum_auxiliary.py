@@ -7,6 +7,7 @@ from jaxlab.learning import momentum_auxiliary as man
 from jaxlab.models.backbones import cifar
 
 BACKBONE = cifar.resnet(8, (8, 8, 8, 16))
+VGG = cifar.Backbone("vgg", (8, 8), (1, 2))
 
 
 def inputs(seed):
@@ -56,6 +57,8 @@ CASE = Case(
     "a number of modules that the paper has not": (lambda: man.resnet32(5), "modules"),
     "weights of two modules": (learner([(1, 1), (1, 1)]), "weights"),
     "a negative weight": (learner([(1, -1)]), "weights"),
+    "weights that stages make negative": (lambda: man.stage_weights(model(), 3, (1, 1), (0, 0)), "modules"),
+    "stages of a VGG": (lambda: man.stage_weights(man.MomentumAuxiliary(VGG, cuts=(0, 1)), 8, (1, 1), (1, 1)), "model"),
     "a growing average": (learner(momentum=1.5), "momentum"),
     "a mean of one channel": (learner(mean=(0.5,)), "mean, std"),
     "no momentum for averages": (lambda: local.learner(model(), None, local.sgd(0.1)), "momentum"),
