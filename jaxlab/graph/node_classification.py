@@ -51,13 +51,13 @@ class Best(NamedTuple):
   loss: Float[Array, ""]
   validation: Float[Array, ""]  # accuracy
   test: Float[Array, ""]  # accuracy
-  params: Any
+  variables: dict[str, Any]
 
 
 class Run(NamedTuple):
   """State of a run. `losses` are the last validation losses, the newest in place of the oldest."""
 
-  params: Any
+  variables: dict[str, Any]
   moments: Any
   key: Array
   epoch: Int[Array, ""]
@@ -115,7 +115,8 @@ def learner(
   A run that has stopped keeps its state while others go on.
 
   Args:
-    net: called as `net.apply({"params": ...}, graph, operator, train=...)`, with random stream "dropout".
+    net: called as `net.apply(variables, graph, operator, train=...)`, with random stream "dropout". Collections beside
+      "params", such as "batch_stats", are what the last training pass left.
     learning_rate: of Adam.
     l2: coefficient of the L2 term in the gradient, before Adam's moments (not AdamW).
     epochs: most updates.
@@ -135,30 +136,37 @@ def learner(
 
   def init(key, task):
     key, params_key = jax.random.split(key)
-    params = net.init(params_key, task.graph, task.operator)["params"]
-    best = Best(jnp.inf, 0.0, 0.0, params)
-    return jax.tree.map(jnp.asarray, Run(params, tx.init(params), key, 0, jnp.zeros(window), best, False))
+    variables = net.init(params_key, task.graph, task.operator)
+    best = Best(jnp.inf, 0.0, 0.0, variables)
+    run = Run(variables, tx.init(variables["params"]), key, 0, jnp.zeros(window), best, False)
+    return jax.tree.map(jnp.asarray, run)
 
   def epoch(run, task):
     key, dropout = jax.random.split(run.key)
+    collections = {name: value for name, value in run.variables.items() if name != "params"}
 
     def objective(params):
-      logits = net.apply({"params": params}, task.graph, task.operator, train=True, rngs={"dropout": dropout})
-      return cross_entropy(logits, task, task.train)
+      logits, updated = net.apply(
+        {"params": params, **collections}, task.graph, task.operator,
+        train=True, rngs={"dropout": dropout}, mutable=list(collections),
+      )  # fmt: skip
+      return cross_entropy(logits, task, task.train), updated
 
-    updates, moments = tx.update(jax.grad(objective)(run.params), run.moments, run.params)
-    params = optax.apply_updates(run.params, updates)
-    logits = net.apply({"params": params}, task.graph, task.operator)
+    params = run.variables["params"]
+    gradient, collections_after = jax.grad(objective, has_aux=True)(params)
+    updates, moments = tx.update(gradient, run.moments, params)
+    variables = {"params": optax.apply_updates(params, updates), **collections_after}
+    logits = net.apply(variables, task.graph, task.operator)
     loss = cross_entropy(logits, task, task.validation)
     accuracy = functools.partial(evaluation.accuracy, logits, task.labels)
-    best = Best(loss, accuracy(task.validation), accuracy(task.test), params)
+    best = Best(loss, accuracy(task.validation), accuracy(task.test), variables)
 
     number = run.epoch + 1
     earlier = jnp.sum(run.losses) / jnp.clip(run.epoch, 1, window)  # the mean does not include this epoch's loss
     stop = (patience > 0) & (number > epochs // 2) & (loss > earlier) | (number >= epochs)
     losses = run.losses.at[run.epoch % window].set(loss)
     best = _where(loss < run.best.loss, best, run.best)
-    return _where(run.stopped, run, Run(params, moments, key, number, losses, best, stop))
+    return _where(run.stopped, run, Run(variables, moments, key, number, losses, best, stop))
 
   def init_all(key, task):
     return jax.vmap(init, per_run)(jax.random.split(key, len(task.train)), task)

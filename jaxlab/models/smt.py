@@ -344,25 +344,31 @@ def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
   """Official weights (`interop.load("smt_tiny.pth", key="model")`) as flax variables.
 
   Args:
-    state_dict: official names -> NumPy arrays or tensors, of any variant.
+    state_dict: official names -> NumPy arrays or tensors, of any variant. Of a detector or segmenter
+      (`key="state_dict"`), which has names that begin with "backbone.", only these are read.
 
   Returns:
-    {"params", "batch_stats"} for the variant that the names belong to.
+    {"params", "batch_stats"} for the variant that the names belong to. A backbone without a classifier has no "head":
+    call the network with `features=True`.
 
   Raises:
     ValueError: names missing, left over or misshaped, all in one message.
   """
+  backbone = {name.removeprefix("backbone."): w for name, w in state_dict.items() if name.startswith("backbone.")}
+  # Detectors trained with the first release of the code have another name for the convolution of the values.
+  state_dict = {name.replace(".attn.dw_conv.", ".attn.local_conv."): w for name, w in (backbone or state_dict).items()}
   blocks = [re.match(r"block(\d+)\.(\d+)\.", name) for name in state_dict]
   depths = [0] * 4
   for stage, block in (map(int, match.groups()) for match in blocks if match):
     if 1 <= stage <= 4:  # anything else is reported as unused
       depths[stage - 1] = max(depths[stage - 1], block + 1)
   layer_scale = any(name.endswith(".gamma_1") for name in state_dict)
-  return interop.variables(state_dict, weight_table(depths, layer_scale=layer_scale))
+  head = any(name.startswith("head.") for name in state_dict)
+  return interop.variables(state_dict, weight_table(depths, layer_scale=layer_scale, head=head))
 
 
 def weight_table(
-  depths: Sequence[int], *, mixers: Iterable[Mixer] = HYBRID, layer_scale: bool = False
+  depths: Sequence[int], *, mixers: Iterable[Mixer] = HYBRID, layer_scale: bool = False, head: bool = True
 ) -> dict[str, interop.Rule]:
   """Which official tensor is which variable, for `interop.variables` and `interop.state_dict`.
 
@@ -370,6 +376,7 @@ def weight_table(
     depths: as in `SMT`.
     mixers: as in `SMT`; the official code knows the default only.
     layer_scale: whether the blocks have scales.
+    head: whether there is a classifier.
 
   Returns:
     Flax path -> rule.
@@ -379,8 +386,9 @@ def weight_table(
     "stem/norm1": interop.batch_norm("patch_embed1.conv.1"),
     "stem/conv2": interop.conv("patch_embed1.conv.3"),
     "stem/norm2": interop.norm("patch_embed1.norm"),
-    "head": interop.dense("head"),
   }
+  if head:
+    table["head"] = interop.dense("head")
   for i, (depth, mixer) in enumerate(zip(depths, mixers, strict=True), start=1):
     table[f"stage{i}_norm"] = interop.norm(f"norm{i}")
     if i > 1:

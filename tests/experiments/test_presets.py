@@ -5,8 +5,8 @@ import importlib
 import pytest
 
 NAMES = (
-  "auglocal", "cvmh_unet", "maniqa", "mend", "momentum_auxiliary", "parot", "scalelong", "segman", "smt", "stu_net",
-  "transformable_search",
+  "auglocal", "cvmh_unet", "dagnn", "fastrp", "maniqa", "mend", "momentum_auxiliary", "parot", "scalelong", "segman",
+  "smt", "stu_net", "transformable_search",
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import pytest
 import scipy.sparse
 
 from jaxlab.graph import node_classification, sparse
+from jaxlab.graph.nets import dagnn
 
 N, F, C = 30, 8, 3
 
@@ -80,7 +81,7 @@ def test_protocol_equals_a_plain_loop(recipe):
   task = make_task()
   learner = node_classification.learner(Softmax(), **recipe, epochs_per_step=5)
   runs = jax.jit(learner.init)(jax.random.key(0), task)
-  start = runs.params
+  start = runs.variables["params"]
   step = jax.jit(learner.step)
   for _ in range(12):
     runs, metrics = step(runs, task)
@@ -90,7 +91,7 @@ def test_protocol_equals_a_plain_loop(recipe):
     best, epoch, params = plain_loop(task, i, jax.tree.map(lambda leaf, i=i: leaf[i], start), **recipe)
     assert runs.epoch[i] == epoch
     np.testing.assert_allclose([leaf[i] for leaf in runs.best[:3]], best, atol=2e-4)
-    jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, atol=2e-3), runs.params, params)
+    jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, atol=2e-3), runs.variables["params"], params)
     stops.append(epoch)
   if recipe["patience"] == 5:
     assert max(stops) < recipe["epochs"]  # the rule was exercised
@@ -105,11 +106,30 @@ def test_best_parameters_are_those_of_the_best_epoch():
   runs, _ = step(*(runs, task))
   runs, _ = step(runs, task)
   for i in range(2):
-    params = jax.tree.map(lambda leaf, i=i: leaf[i], runs.best.params)
-    logits = net.apply({"params": params}, task.graph, task.operator)
+    variables = jax.tree.map(lambda leaf, i=i: leaf[i], runs.best.variables)
+    logits = net.apply(variables, task.graph, task.operator)
     mask = np.asarray(task.validation[i])
     np.testing.assert_allclose((logits.argmax(1) == task.labels)[mask].mean(), runs.best.validation[i], atol=1e-6)
-  assert not np.allclose(runs.params["layer_0"]["linear"]["kernel"][0], runs.params["layer_0"]["linear"]["kernel"][1])
+  first, second = runs.variables["params"]["layer_0"]["linear"]["kernel"]
+  assert not np.allclose(first, second)
+
+
+def test_batch_statistics_are_those_of_training_and_evaluation_uses_them():
+  task = make_task()
+  net = dagnn.arxiv(num_classes=C, hops=2, hidden=4, dropout=0.0)
+  learner = node_classification.learner(net, **dagnn.RECIPES["arxiv"]._asdict(), epochs_per_step=1)
+  step = jax.jit(learner.step)
+  runs = jax.jit(learner.init)(jax.random.key(0), task)
+  mean = np.zeros((2, 4))
+  for _ in range(2):
+    layer = runs.variables["params"]["hidden_layer"]
+    mean = 0.9 * mean + 0.1 * (np.mean(task.graph.nodes @ layer["kernel"], axis=1) + layer["bias"])
+    runs, _ = step(runs, task)
+    np.testing.assert_allclose(runs.variables["batch_stats"]["norm"]["mean"], mean, atol=1e-6)
+  for i in range(2):
+    logits = net.apply(jax.tree.map(lambda leaf, i=i: leaf[i], runs.best.variables), task.graph, task.operator)
+    loss = -jax.nn.log_softmax(logits)[np.arange(N), task.labels][np.asarray(task.validation[i])].mean()
+    np.testing.assert_allclose(loss, runs.best.loss[i], rtol=1e-5)
 
 
 def test_a_run_does_not_depend_on_its_neighbours():

@@ -134,6 +134,24 @@ def test_from_torch_reads_layer_scales_and_reports_what_does_not_fit():
     smt.from_torch(state | {"extra": np.zeros(3)})
 
 
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+@pytest.mark.parametrize("convolution", ["local_conv", "dw_conv"])
+def test_from_torch_reads_backbones_of_detectors(prefix, convolution):
+  state = interop.state_dict(variables(), smt.weight_table(TINY.depths))
+  state = {name.replace("attn.local_conv.", f"attn.{convolution}."): w for name, w in state.items()}
+  detector = {f"{prefix}{name}": w for name, w in state.items() if not name.startswith("head.")}
+  if prefix:
+    detector["neck.convs.0.weight"] = np.zeros((1, 2, 3, 3))
+  weights = smt.from_torch(detector)
+  expected = {**variables(), "params": {k: v for k, v in variables()["params"].items() if k != "head"}}
+  jax.tree.map(np.testing.assert_array_equal, weights, expected)
+  maps = jax.eval_shape(functools.partial(TINY.apply, features=True), weights, IMAGES)
+  assert len(maps) == 4
+  del state["head.bias"]
+  with pytest.raises(ValueError, match="missing: 'head.bias'"):  # half a classifier
+    smt.from_torch(state)
+
+
 def test_stage_3_alternates_modulation_and_attention():
   params = shapes(smt.tiny())["params"]
   modulation = {"v", "s", "mix", "mix_norm", "fuse", "proj", *(f"local_conv_{k}x{k}" for k in (3, 5, 7, 9))}

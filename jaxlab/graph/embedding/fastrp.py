@@ -50,7 +50,7 @@ def projection(
     dim: columns.
     kind: "sparse": entries 0 but for a share 1 / sqrt(N), which is +-N^(1/4) / sqrt(dim); "gaussian": N(0, 1 / dim);
       "orthogonal": Gaussian made orthogonal, columns of length sqrt(N / dim), dim <= N.
-    dtype: of the result.
+    dtype: of the result, floating.
 
   Raises:
     ValueError: an argument out of range.
@@ -60,6 +60,8 @@ def projection(
   checks.choice("kind", kind, Kind)
   for name, value in (("n", n), ("dim", dim)):
     checks.count(name, value)
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise ValueError(f"dtype: got {jnp.dtype(dtype)}, expected a floating one")
   if kind == "sparse":
     density = n**-0.5
     uniform = jax.random.uniform(key, (n, dim))
@@ -87,8 +89,8 @@ def embed(
   """Embeds every node, in the dtype of `projection`; sums are in float32 (float64 for float64).
 
   Args:
-    operator: S, adjacency with weights >= 0, as of `sparse.from_scipy` or `sparse.operator`. A walk goes from row to
-      column: pass `sparse.transpose(sparse.operator(graph))` to follow the edges of a directed graph.
+    operator: S, adjacency with finite weights >= 0, as of `sparse.from_scipy` or `sparse.operator`. A walk goes from
+      row to column: pass `sparse.transpose(sparse.operator(graph))` to follow the edges of a directed graph.
     projection: R, as of `projection`.
     weights: [q] of the powers 1 to q.
     similarity: "transition": P = D^-1 S; "adjacency": P = S.
@@ -99,7 +101,8 @@ def embed(
     [N, dim]; each column has mean 0 and standard deviation 1, or is 0 if it was constant.
 
   Raises:
-    ValueError: an argument of another shape, kind or range; negative weights of edges are seen on the host only.
+    ValueError: an argument of another shape, kind or range. Weights, of powers and of edges, are checked on the host
+      only; traced ones that are not finite give columns of NaN.
   """
   w = _check_weights(weights)
   p, u = _start(operator, projection, similarity, degree_exponent)
@@ -128,8 +131,7 @@ def powers(
   Args:
     hops: q.
   """
-  if hops < 1:
-    raise ValueError(f"hops: got {hops}, expected at least 1")
+  checks.count("hops", hops)
   p, u = _start(operator, projection, similarity, degree_exponent)
 
   def hop(u, _):
@@ -145,7 +147,7 @@ def combine(
   """The embedding from `powers`: [N, dim] as `embed` makes it, or all powers side by side [N, q dim] for None.
 
   Raises:
-    ValueError: as many weights as powers are needed.
+    ValueError: another number of weights than of powers, or weights that are not finite (checked on the host only).
   """
   if powers.ndim != 3:
     raise ValueError(f"powers: got shape {powers.shape}, expected [q, N, dim]")
@@ -170,12 +172,12 @@ def unit_rows(x: Float[Array, "n dim"]) -> Float[Array, "n dim"]:
 
 
 def standardize(x: Float[Array, "n dim"]) -> Float[Array, "n dim"]:
-  """Columns shifted to mean 0 and scaled to (population) standard deviation 1; constant ones become 0."""
+  """Columns shifted to mean 0 and scaled to (population) standard deviation 1; constant ones become 0, NaN stays."""
   mean = jnp.mean(x, axis=0)
   centered = x - mean
   centered -= jnp.mean(centered, axis=0)  # what rounding of the first mean left
   std = jnp.sqrt(jnp.mean(centered**2, axis=0))
-  varies = std > 10 * jnp.finfo(x.dtype).eps * jnp.abs(mean)
+  varies = ~(std <= 10 * jnp.finfo(x.dtype).eps * jnp.abs(mean))  # true of NaN
   return jnp.where(varies, centered / jnp.where(varies, std, 1), 0)
 
 
@@ -201,8 +203,11 @@ def _check(operator, projection, similarity, degree_exponent):
   n = operator.shape[0]
   if operator.shape != (n, n):
     raise ValueError(f"operator: got shape {operator.shape}, expected a square one")
-  if not isinstance(operator.values, jax.core.Tracer) and (np.asarray(operator.values) < 0).any():
-    raise ValueError("operator: got negative weights, expected none, or degrees would not be degrees")
+  if not isinstance(operator.values, jax.core.Tracer):
+    values = np.asarray(operator.values)
+    bad = values[~(np.isfinite(values) & (values >= 0))]
+    if bad.size:
+      raise ValueError(f"operator: got a weight {bad[0]}, expected finite numbers of at least 0")
   if projection.ndim != 2 or projection.shape[0] != n:
     raise ValueError(f"projection: got shape {projection.shape}, expected [{n}, dim], one row for each node")
   if not jnp.issubdtype(projection.dtype, jnp.floating):
@@ -213,7 +218,11 @@ def _check(operator, projection, similarity, degree_exponent):
 
 
 def _check_weights(weights):
-  weights = jnp.asarray(weights)
-  if weights.ndim != 1 or not weights.size:
-    raise ValueError(f"weights: got shape {weights.shape}, expected one for each power, [q] with q at least 1")
-  return weights
+  w = jnp.asarray(weights)
+  if w.ndim != 1 or not w.size:
+    raise ValueError(f"weights: got shape {w.shape}, expected one for each power, [q] with q at least 1")
+  # Not of w, which jit traces even where weights are numbers.
+  traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(weights))
+  if not traced and not np.isfinite(np.asarray(weights)).all():
+    raise ValueError(f"weights: got {weights}, expected finite numbers")
+  return w

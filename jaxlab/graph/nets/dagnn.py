@@ -97,8 +97,8 @@ class DAGNN(nn.Module):
     return logits if seen is None else (logits, seen)
 
   def _check(self, graph, operator):
-    if self.hops < 0:
-      raise ValueError(f"hops: got {self.hops}, expected at least 0")
+    for name, low in (("num_classes", 1), ("hops", 0), ("hidden", 1)):
+      checks.count(name, getattr(self, name), low)
     checks.rate("dropout", self.dropout)
     shape = getattr(graph.nodes, "shape", None)
     if shape is None or len(shape) != 2:
@@ -276,7 +276,15 @@ def smoothness(x: Float[Array, "n c"]) -> Float[Array, " n"]:
   """SMV_i = mean over j != i of |x_i / |x_i| - x_j / |x_j|| / 2; 0 is fully smoothed.
 
   Its mean over i is the paper's SMV_G. A row of zeros stays zero. Takes N^2 C operations, in blocks of rows.
+
+  Args:
+    x: features of two or more nodes.
+
+  Raises:
+    ValueError: x of another rank or of fewer nodes.
   """
+  if x.ndim != 2 or len(x) < 2:
+    raise ValueError(f"x: got shape {x.shape}, expected [N, C] with N at least 2, or no node has another")
   x = x.astype("float32")
   unit = x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), jnp.finfo("float32").tiny)
   distance = jax.lax.map(lambda u: jnp.sum(jnp.linalg.norm(unit - u, axis=1)) / 2, unit, batch_size=64)

@@ -188,6 +188,16 @@ def test_rounding_noise_is_not_a_signal():
   assert not np.asarray(fastrp.standardize(jnp.asarray(x))).any()
 
 
+def test_what_is_not_a_number_stays_so():
+  x = np.float32([[1, np.nan, 0], [2, 1, np.inf], [4, 2, 1]])
+  got = np.asarray(fastrp.standardize(jnp.asarray(x)))
+  assert np.isfinite(got[:, 0]).all() and np.isnan(got[:, 1:]).all()
+  op, r = operator(weighted_graph(0)), fastrp.projection(jax.random.key(0), N, DIM, "gaussian")
+  assert np.isnan(embed(op, r, weights=jnp.array([np.nan, 1]))).all()  # traced, so not refused
+  with pytest.raises(ValueError, match="^weights: got"):  # a constant of the traced function
+    jax.jit(lambda op, r: fastrp.embed(op, r, weights=(np.nan, 1)))(op, r)
+
+
 def test_one_trace_for_all_weights_and_exponents():
   traces = []
 

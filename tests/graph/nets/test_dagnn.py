@@ -276,11 +276,14 @@ def test_propagation_smooths_down_to_the_limit():
   ("call", "message"),
   [
     (lambda: model(hops=-1).init(jax.random.key(0), GRAPH), "hops: got -1"),
+    (lambda: model(num_classes=0).init(jax.random.key(0), GRAPH), "num_classes: got 0"),
+    (lambda: model(hidden=0).init(jax.random.key(0), GRAPH), "hidden: got 0"),
     (lambda: model(dropout=1.0).init(jax.random.key(0), GRAPH), "dropout: got 1.0"),
     (lambda: model().init(jax.random.key(0), RAW), "graph: got edges without weights"),
     (lambda: model().init(jax.random.key(0), GRAPH._replace(nodes=None)), "graph: got nodes of shape None"),
     (lambda: model().init(jax.random.key(0), GRAPH._replace(nodes=np.ones(N))), r"graph: got nodes of shape \(14,\)"),
     (lambda: model().init(jax.random.key(0), GRAPH, sparse.from_scipy(scipy.sparse.eye_array(3))), "operator: got"),
+    (lambda: dagnn.smoothness(np.ones((1, 4))), r"x: got shape \(1, 4\)"),
     (lambda: dagnn.second_eigenvalue(structure.from_edges([0], [1], num_nodes=2)), "graph: got a directed"),
   ],
 )
