@@ -23,7 +23,7 @@ import os
 import pathlib
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -48,7 +48,7 @@ class Config:
   network: Literal["modular_addition", "mlp", "cnn", "blocks"] = "modular_addition"
   """A transformer that adds, a perceptron with two hidden layers, two convolutions, or five layers of two blocks."""
   weights: Literal["trained", "official"] = "trained"
-  """official: of modular addition, from JAXLAB_DATA/rib."""
+  """official: of modular addition, from JAXLAB_DATA/rib; gives the defaults that its runs had."""
   dataset: Literal["digits", "mnist5k"] = "digits"
   """Of mlp and cnn; both ship with a package."""
   seeds: int = 3
@@ -72,7 +72,8 @@ class Config:
   drawn: int = 24
   """Features of a node layer in the figure."""
   preset: Literal["demo", "paper"] = "demo"
-  """paper: addition mod 113, 60,000 steps with a rate of 0.001, five seeds; mlp on MNIST (5k subset), 100 neurons."""
+  """Where the defaults of other options come from. paper: addition mod 113, 60,000 steps with a rate of 0.001, five
+  seeds; mlp on MNIST (5k subset), 100 neurons; threshold 1e-15 for addition and blocks."""
   workdir: pathlib.Path = pathlib.Path("runs/local_interaction_basis")
   """Each setting has a folder in here with figure and result.json; a second run reports."""
 
@@ -80,11 +81,14 @@ class Config:
 PAPER = {
   "modular_addition": {
     "modulus": 113, "features": 128, "share": 0.3, "learning_rate": 0.001, "steps": 60_000, "seeds": 5,
+    "threshold": 1e-15,
   },
   "mlp": {"dataset": "mnist5k", "features": 200, "epochs": 12},
   "cnn": {"dataset": "mnist5k", "epochs": 12},
-  "blocks": {"seeds": 5},
+  "blocks": {"seeds": 5, "threshold": 1e-15},
 }  # fmt: skip
+OFFICIAL = {name: PAPER["modular_addition"][name] for name in ("modulus", "features", "share", "threshold")}
+PRESETS = {"demo": Config(), "paper": Config(preset="paper", **PAPER["modular_addition"])}
 LAYERS = {
   "modular_addition": ("embedding", "after attention", "before logits"),
   "mlp": ("pixels", "hidden 1", "hidden 2"),
@@ -99,6 +103,17 @@ STORED = {
 }
 STORED_ACCURACY = [0.99955, 0.99888, 1.0, 0.99978, 1.0]
 WITHIN = 0.001  # of the accuracy
+
+
+def parse(args: Sequence[str] | None = None) -> Config:
+  """The config of a command; preset, network and weights give the defaults."""
+  asked = tyro.cli(Config, args=args, description=__doc__)
+  default = PRESETS["demo"]
+  if asked.preset == "paper":
+    default = dataclasses.replace(default, preset="paper", **PAPER[asked.network])
+  if asked.weights == "official":
+    default = dataclasses.replace(default, **OFFICIAL)
+  return tyro.cli(Config, args=args, default=default, description=__doc__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -388,10 +403,9 @@ def main(config: Config) -> None:
   if config.weights == "official":
     if config.network != "modular_addition":
       raise ValueError(f"weights: got official for {config.network}, expected trained")
-    # As the official code's runs.
-    config = dataclasses.replace(config, modulus=113, features=128, share=0.3, threshold=1e-15)
-  elif config.preset == "paper":
-    config = dataclasses.replace(config, **PAPER[config.network])
+    for name in ("modulus", "features", "share"):
+      if getattr(config, name) != OFFICIAL[name]:
+        raise ValueError(f"{name}: got {getattr(config, name)}, expected {OFFICIAL[name]}, as of the official weights")
   memory.keep()
   what = {"modular_addition": f"mod{config.modulus}-{config.weights}", "blocks": "toy"}.get(
     config.network, config.dataset
@@ -433,4 +447,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-  main(tyro.cli(Config, description=__doc__))
+  main(parse())

@@ -18,6 +18,7 @@ import json
 import pathlib
 import time
 import zlib
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -30,7 +31,7 @@ import sklearn.datasets
 import tyro
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from jaxlab import memory, train
+from jaxlab import checks, memory, train
 from jaxlab.analysis import local_lipschitz as ll
 from jaxlab.data import digits, mnist5k
 from jaxlab.train.result import finished_result, once, print_metrics, settings
@@ -67,9 +68,22 @@ class Config:
   soundness_points: int = 1_000_000
   """Random points in boxes of random networks."""
   preset: Literal["demo", "paper"] = "demo"
-  """paper: MNIST (5k subset), 784-20-20-10, 10 epochs, 50 images, a minute of branch and bound for each."""
+  """Where the defaults of all other options come from. paper: MNIST (5k subset), 784-20-20-10, 10 epochs, 50 images, a
+  minute of branch and bound for each."""
   workdir: pathlib.Path = pathlib.Path("runs/local_lipschitz")
   """Each setting has a folder in here with figure and result.json; a second run reports."""
+
+
+PRESETS = {
+  "demo": Config(),
+  "paper": Config(dataset="mnist5k", width=20, seeds=1, epochs=10, images=50, timeout=60.0, preset="paper"),
+}
+
+
+def parse(args: Sequence[str] | None = None) -> Config:
+  """The config of a command; the preset gives the defaults."""
+  name = tyro.cli(Config, args=args, description=__doc__).preset
+  return tyro.cli(Config, args=args, default=PRESETS[name], description=__doc__)
 
 
 class MLP(nn.Module):
@@ -319,6 +333,8 @@ def draw(config: Config, constants: dict[str, np.ndarray], searches: list[dict[s
 def measure(config: Config, folder: pathlib.Path) -> dict[str, Any]:
   """Metrics, one value for each seed where they vary; draws the figure."""
   sets = load(config)
+  # Every network has test images of its own.
+  checks.count("images", config.images, 1, len(sets["test"]["label"]) // config.seeds)
   parts = folder / f"parts-{zlib.crc32(json.dumps(settings(config)).encode()):08x}"  # of these settings alone
   model = MLP(config.width) if config.model == "mlp" else CNN(config.width)
   learner = train.supervised(model, train.cross_entropy(), optax.adam(0.001))
@@ -374,17 +390,12 @@ def measure(config: Config, folder: pathlib.Path) -> dict[str, Any]:
 def main(config: Config) -> None:
   """Runs the experiment, or shows a finished one."""
   for name in ("width", "seeds", "epochs", "images", "points", "soundness_points"):
-    if getattr(config, name) < 1:
-      raise ValueError(f"{name}: got {getattr(config, name)}, expected at least 1")
+    checks.count(name, getattr(config, name))
   if not config.radii:
     raise ValueError("radii: got none, expected at least one")
   if config.model == "cnn" and config.dataset == "leaders":
     raise ValueError("model: got cnn, expected mlp for leaders, which are no images")
   memory.keep()
-  if config.preset == "paper":
-    config = Config(
-      "mnist5k", config.model, 20, seeds=1, epochs=10, images=50, timeout=60.0, preset="paper", workdir=config.workdir
-    )
   folder = config.workdir / f"{config.dataset}-{config.model}-{config.width}-{config.preset}"
   record = settings(config)
   if result := finished_result(folder, record):
@@ -407,4 +418,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-  main(tyro.cli(Config, description=__doc__))
+  main(parse())

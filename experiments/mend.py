@@ -2,6 +2,8 @@
 
     python experiments/mend.py                     # minutes on two cores, three seeds
     python experiments/mend.py --preset paper      # the paper's editor recipe on a model of distilGPT-2's size
+    python experiments/mend.py --edits 25 --workdir runs/mend25    # an editor trained to change 25 facts at once
+    python experiments/mend.py --ablations 'only x' 'only d'       # editors without a part, also trained and measured
 
 For each seed a decoder language model learns facts about countries in five wordings each. An editor is trained on some
 countries and three wordings. Then facts of other countries change: the model is told "the capital of Kenya is Lima" and
@@ -33,6 +35,18 @@ from jaxlab.data import facts as country_facts
 from jaxlab.learning import mend
 from jaxlab.models import language
 from jaxlab.train.result import finished_result, once, print_metrics, settings
+
+Ablation = Literal[
+  "without normalisation", "no sharing", "no identity start", "only x", "only d", "only the smaller"
+]  # fmt: skip
+ABLATIONS: dict[str, dict[str, Any]] = {
+  "without normalisation": {"normalize": False},
+  "no sharing": {"shared": False},
+  "no identity start": {"start": "xavier"},
+  "only x": {"variant": "inputs"},
+  "only d": {"variant": "deltas"},
+  "only the smaller": {"variant": "smaller"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +87,8 @@ class Config:
   """c_e: of the edit loss beside the KL divergence."""
   problems: int = 10
   """Editing problems in a step of the editor's training."""
+  edits: int = 1
+  """Facts that change at once in each of them."""
   locality: int = 6
   """Facts that should stay, of each problem."""
   tune_steps: int = 20
@@ -89,8 +105,8 @@ class Config:
   """On which fine-tuning is tuned."""
   test_problems: int = 60
   """On which all is measured."""
-  unnormalized: bool = True
-  """Train an editor without normalisation too."""
+  ablations: tuple[Ablation, ...] = ("without normalisation",)
+  """Editors without a part, trained too."""
   sizes: tuple[int, ...] = (64, 128, 256)
   """Widths of the models whose edits are timed."""
   seeds: int = 3
@@ -174,16 +190,16 @@ def train_model(config: Config, task: Task, seed: int, folder: pathlib.Path) -> 
   return {"params": state.params}, float(np.mean(every))
 
 
-def editor_of(config: Config, *, normalize: bool = True) -> mend.Editor:
-  """An editor of the target weights."""
-  return mend.Editor(targets(config), rank=config.rank, step_size=config.step_size, normalize=normalize)
+def editor_of(config: Config, **changes: Any) -> mend.Editor:
+  """An editor of the target weights; changes are those of `ABLATIONS`."""
+  return mend.Editor(targets(config), rank=config.rank, step_size=config.step_size, **changes)
 
 
-def editor_learner(config: Config, task: Task, base: dict[str, Any], *, normalize: bool = True) -> train.Learner:
-  """Trains an editor, and measures any."""
+def editor_learner(config: Config, task: Task, base: dict[str, Any], **changes: Any) -> train.Learner:
+  """Trains an editor, and measures any; changes as of `editor_of`."""
   rate = lambda peak: optax.cosine_decay_schedule(peak, config.editor_steps) if config.decay else peak
   tx = mend.optimizer(rate(config.editor_rate), step_size_rate=rate(config.step_size_rate))
-  editor = editor_of(config, normalize=normalize)
+  editor = editor_of(config, **changes)
   return mend.learner(network(config, task), base, editor, tx, edit_weight=config.edit_weight)
 
 
@@ -194,8 +210,8 @@ def train_editor(
 
   def batches(step: int) -> Any:
     return country_facts.edit_pairs(
-      task.facts, task.sentences, task.parts["train"], problems=config.problems, locality=config.locality,
-      edit_wordings=KNOWN, paraphrase_wordings=KNOWN, seed=[seed, 1, step],
+      task.facts, task.sentences, task.parts["train"], problems=config.problems, edits=config.edits,
+      locality=config.locality, edit_wordings=KNOWN, paraphrase_wordings=KNOWN, seed=[seed, 1, step],
     )  # fmt: skip
 
   return train.fit(
@@ -287,11 +303,11 @@ def run_seed(config: Config, seed: int, folder: pathlib.Path) -> dict[str, Any]:
     "MEND curve": np.stack([point(scaled(state, scale), test) for scale in config.scales]),
     "many": [point(state, problems_of(config, task, "test", seed, edits=edits)) for edits in config.many],
   }
-  if config.unnormalized:
-    plain = editor_learner(config, task, base, normalize=False)
-    plain_state = train_editor(config, task, plain, seed, folder / "unnormalized", "unnormalized")
-    values = jax.jit(plain.evaluate)(plain_state, test)
-    found["without normalisation"] = np.array([float(values["success"]), float(values["drawdown"])])
+  for name in config.ablations:
+    less = editor_learner(config, task, base, **ABLATIONS[name])
+    less_state = train_editor(config, task, less, seed, folder / name.replace(" ", "-"), name)
+    values = jax.jit(less.evaluate)(less_state, test)
+    found[name] = np.array([float(values["success"]), float(values["drawdown"])])
   for method in METHODS:
     every = tune(config, task, base, both, regular, method)
     tuned, curves = (part.mean(axis=1) for part in np.split(every, [config.validation_problems], axis=1))
@@ -365,7 +381,11 @@ def draw(config: Config, runs: list[dict[str, Any]], cost: dict[str, np.ndarray]
   many = 100 * np.array([run["many"] for run in runs])  # [seeds, counts, 2]
   series = {"success": (np.array(config.many), many[..., 0].T), "drawdown": (np.array(config.many), many[..., 1].T)}
   train.figures.curves(
-    axes[0, 1], series, xlabel="facts changed at once", ylabel="%", title="Several edits, editor trained on single ones"
+    axes[0, 1],
+    series,
+    xlabel="facts changed at once",
+    ylabel="%",
+    title=f"Several edits, editor trained on {config.edits} at once",
   )
   axes[0, 1].set_ylim(0, 100)
   steps = config.tune_steps
@@ -393,12 +413,15 @@ def main(config: Config) -> None:
     "editor_steps",
     "tune_steps",
     "problems",
+    "edits",
     "seeds",
     "test_problems",
     "validation_problems",
   ):
     checks.count(name, getattr(config, name))
   checks.count("edited_blocks", config.edited_blocks, 1, config.depth)
+  for name in config.ablations:
+    checks.choice("ablations", name, Ablation)
   for name in ("tune_rates", "scales", "many", "sizes"):
     if not getattr(config, name):
       raise ValueError(f"{name}: got none, expected at least one")
@@ -411,7 +434,7 @@ def main(config: Config) -> None:
   draw(config, runs, cost, folder / "figure.png")
   of = lambda name, k: np.array([100 * run[name][k] for run in runs])
   metrics = {}
-  rows = ("MEND", *METHODS, *([("without normalisation")] if config.unnormalized else []))
+  rows = ("MEND", *METHODS, *config.ablations)
   for name in (*rows, *(f"{method} without limit" for method in METHODS)):
     metrics |= {f"{name}: success (%)": of(name, 0), f"{name}: drawdown (points)": of(name, 1)}
   metrics["MEND: success in the edit's own words (%)"] = np.array([100 * run["same words"] for run in runs])
@@ -451,7 +474,7 @@ def _setting(config: Config, part: str) -> dict[str, Any]:
       "decay",
       "edit_weight",
     ]
-    names += ["problems", "locality"]
+    names += ["problems", "edits", "locality"]
   return {"part": part, **{name: getattr(config, name) for name in names}}
 
 

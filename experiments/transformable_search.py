@@ -221,6 +221,8 @@ def measured(
   found = once(place / "search.json", lambda: search(learner, config, task, seed, place / "search", kept), kept)
   genotype = tas.Genotype(tuple(found["widths"]), tuple(found["depths"]))
   rich.print(f"seed {seed}: found {genotype}, {time.perf_counter() - start:.0f} s")
+  if not tas.on_target(space, genotype, ratio=config.ratio):
+    rich.print(f"seed {seed}: the search never met its target; this is the network that it started with")
   budget, rng = tas.macs(space, genotype), np.random.default_rng(seed)
   networks = {"found": [genotype], "uniform": [tas.uniform(space, budget)]}
   networks["random"] = [tas.random(space, budget, rng) for _ in range(config.random_networks)]
@@ -299,6 +301,9 @@ def main(config: Config) -> None:
     mine = "found" if other == "uniform" else "found + KD"
     average = lambda seed, name: float(np.mean([row["error"] for row in seed["networks"][name]]))
     metrics[f"error saved over {other}"] = [average(seed, other) - average(seed, mine) for seed in seeds]
+  genotypes = [tas.Genotype(tuple(seed["search"]["widths"]), tuple(seed["search"]["depths"])) for seed in seeds]
+  met = [100.0 * tas.on_target(space, genotype, ratio=config.ratio) for genotype in genotypes]
+  metrics["searches that met the target (%)"] = met
   draw(seeds, config, folder)
   train.report(
     folder,

@@ -86,12 +86,23 @@ class LanguageModel(nn.Module):
 
 
 def check_sentences(name: str, sentences: Batch) -> None:
-  """Raises a ValueError unless these are `tokens` [..., N] and a `mask` of the same shape, N at least 2."""
+  """Raises a ValueError unless these are whole `tokens` [..., N] and a bool `mask` of the same shape, N at least 2."""
+  if missing := [part for part in ("tokens", "mask") if part not in sentences]:
+    raise ValueError(f"{name}: got {sorted(sentences)}, expected {' and '.join(missing)} too")
   tokens, mask = sentences["tokens"], sentences["mask"]
+  if not jnp.issubdtype(tokens.dtype, jnp.integer):
+    raise ValueError(f"{name}: got tokens of {tokens.dtype}, expected whole numbers")
+  check_mask(name, mask)
   if tokens.ndim < 1 or tokens.shape[-1] < 2 or tokens.shape != mask.shape:
     raise ValueError(
       f"{name}: got tokens {tokens.shape} and mask {mask.shape}, expected the same [..., length], at least 2 long"
     )
+
+
+def check_mask(name: str, mask: Array) -> None:
+  """Raises a ValueError unless the mask is bool: of a whole number, `~` is not the opposite."""
+  if mask.dtype != bool:
+    raise ValueError(f"{name}: got a mask of {mask.dtype}, expected bool")
 
 
 def log_likelihood(logits: Float[Array, "*b n v"], tokens: Int[Array, "*b n"]) -> Float[Array, "*b n-1"]:
@@ -104,7 +115,12 @@ def log_likelihood(logits: Float[Array, "*b n v"], tokens: Int[Array, "*b n"]) -
 def sentence_nll(
   logits: Float[Array, "*b n v"], tokens: Int[Array, "*b n"], mask: Bool[Array, "*b n"]
 ) -> Float[Array, "*b"]:
-  """Negative log-likelihood of each sentence's targets, the mean over them; 0 for a sentence without a target."""
+  """Negative log-likelihood of each sentence's targets, the mean over them; 0 for a sentence without a target.
+
+  Raises:
+    ValueError: a mask that is not bool.
+  """
+  check_mask("mask", mask)
   weight = mask[..., 1:].astype(jnp.float32)
   total = jnp.sum(weight * log_likelihood(logits, tokens), axis=-1)
   return -total / jnp.maximum(jnp.sum(weight, axis=-1), 1.0)
@@ -113,7 +129,12 @@ def sentence_nll(
 def sentence_success(
   logits: Float[Array, "*b n v"], tokens: Int[Array, "*b n"], mask: Bool[Array, "*b n"]
 ) -> Float[Array, "*b"]:
-  """1 where every target of a sentence is the likeliest token, given those before; else 0."""
+  """1 where every target of a sentence is the likeliest token, given those before; else 0.
+
+  Raises:
+    ValueError: a mask that is not bool.
+  """
+  check_mask("mask", mask)
   right = jnp.argmax(logits[..., :-1, :], axis=-1) == tokens[..., 1:]
   return jnp.all(right | ~mask[..., 1:], axis=-1).astype(jnp.float32)
 
@@ -129,7 +150,7 @@ def next_token(logits: Float[Array, "b n v"], batch: Batch) -> tuple[Float[Array
     Mean negative log-likelihood of all targets, and the fraction of sentences with every target right as `accuracy`.
 
   Raises:
-    ValueError: tokens and mask of different shapes.
+    ValueError: tokens and mask of different shapes, tokens that are not whole numbers, a mask that is not bool.
   """
   check_sentences("batch", batch)
   tokens, mask = batch["tokens"], batch["mask"]

@@ -297,10 +297,32 @@ def test_random_sources():
   x = rng.standard_normal((50, 2, 3)).astype("float32")
   section = jax.tree_util.Partial(mixing, weights)
   gram = (weights[0] ** 2).sum() / 2 * weights[1] @ weights[1].T
-  for sources in ((100, None), (None, 100)):
+  for sources in ((100, None), (None, 100), (10, 10)):
     names = dict(zip(("position_sources", "feature_sources"), sources, strict=True))
     estimate = lib.jacobian_gram(section, x, np.eye(4, dtype="float32"), jax.random.key(0), batch_size=20, **names)
     assert 1e-5 < abs(estimate - gram).max() / abs(gram).max() < 0.1
+
+
+def gathering(order, kept, kernel, x):
+  """A dense layer on some features in another order."""
+  return jax.nn.relu(jnp.where(kept, x[..., order], 0) @ kernel)
+
+
+def test_whole_numbers_and_bools_of_a_section_stay():
+  rng = np.random.default_rng(0)
+  order, kept = np.array([2, 0, 1, 3]), np.array([True, False, True, True])
+  kernel = np.append(rng.standard_normal((4, 3)), [[0.0]] * 3 + [[1.0]], 1)
+  x = np.append(rng.standard_normal((30, 1, 3)), np.ones((30, 1, 1)), 2)
+  last = lib.Dense(rng.standard_normal((4, 2)), "identity")
+  plain = np.zeros((4, 4))
+  plain[order[kept]] = kernel[kept]
+  mine = (jax.tree_util.Partial(gathering, order, kept, kernel), last)
+  found, expected = (lib.interaction_graph(net, x) for net in (mine, (lib.Dense(plain), last)))
+  for edges, same in zip(found.edges, expected.edges, strict=True):
+    np.testing.assert_allclose(edges, same, rtol=1e-7, atol=1e-12)
+  first = x.astype("float32")
+  curve = lib.feature_curve(mine, found, 0, first, lambda outputs: float(jnp.sum(outputs)), [1, 4])
+  assert curve[4] == pytest.approx(float(np.sum(np.maximum(x @ plain, 0) @ last.kernel)), rel=1e-4) != curve[1]
 
 
 def test_blocks_and_dense_layers_by_definition():

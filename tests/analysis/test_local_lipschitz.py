@@ -287,6 +287,14 @@ def test_convolutions_are_matrices():
       np.testing.assert_allclose(ours[method], theirs[method], rtol=1e-5)
 
 
+def test_one_stride_is_that_of_both_axes():
+  first, *rest = conv(np.random.default_rng(0))
+  again = ll.Conv(first.kernel, first.bias, 2, [[1, 1], [1, 1]])
+  assert jax.tree.structure(again) == jax.tree.structure(first)
+  x = np.random.default_rng(1).uniform(size=(5, 5, 2))
+  np.testing.assert_array_equal(ll.apply((again, *rest), x), ll.apply((first, *rest), x))
+
+
 def test_chunks_change_nothing():
   network, box = fixture(), ll.box(X, 0.05)
   found, bounds = everything(network, box)

@@ -1,5 +1,6 @@
 """The experiment end to end, small: what it writes, and that a second run reports without computing."""
 
+import dataclasses
 import json
 import types
 
@@ -71,11 +72,28 @@ def test_frequencies():
   assert list(tags[0][:2]) == [2, 3]
 
 
+def test_presets_are_defaults():
+  paper = experiment.PRESETS["paper"]
+  assert experiment.parse(["--preset", "paper"]) == experiment.parse(["--preset=paper"]) == paper
+  assert (paper.modulus, paper.features, paper.share, paper.learning_rate) == (113, 128, 0.3, 0.001)
+  assert (paper.steps, paper.seeds, paper.threshold) == (60_000, 5, 1e-15)
+  assert experiment.parse([]) == experiment.parse(["--preset", "demo"]) == experiment.PRESETS["demo"]
+  given = experiment.parse(["--preset", "paper", "--features", "16", "--threshold", "1e-5"])
+  assert given == dataclasses.replace(paper, features=16, threshold=1e-5)
+  blocks = experiment.parse(["--network=blocks", "--preset=paper", "--seeds=2"])
+  assert (blocks.network, blocks.seeds, blocks.threshold) == ("blocks", 2, 1e-15)
+  official = experiment.parse(["--weights", "official", "--threshold", "1e-5"])
+  assert (official.modulus, official.features, official.share, official.threshold) == (113, 128, 0.3, 1e-5)
+  assert experiment.parse(["--weights", "official"]).threshold == 1e-15
+
+
 def test_bad_config():
   for change, name in (
     ({"seeds": 0}, "seeds"),
     ({"weights": "official", "seeds": 6}, "seeds"),
     ({"weights": "official", "network": "mlp"}, "weights"),
+    ({"weights": "official", "features": 128}, "modulus"),
+    ({"weights": "official", **experiment.OFFICIAL, "share": 0.5}, "share"),
     ({"drawn": 0}, "drawn"),
   ):
     with pytest.raises(ValueError, match=f"^{name}: got"):

@@ -44,7 +44,17 @@ def test_leaders():
   assert train["image"].min() >= 0 and train["image"].max() <= 1
 
 
+def test_presets_are_defaults():
+  paper = experiment.PRESETS["paper"]
+  assert experiment.parse(["--preset", "paper"]) == experiment.parse(["--preset=paper"]) == paper
+  assert (paper.dataset, paper.width, paper.epochs, paper.images, paper.timeout) == ("mnist5k", 20, 10, 50, 60.0)
+  given = experiment.parse(["--preset", "paper", "--width", "40", "--images", "2", "--model", "cnn"])
+  assert given == dataclasses.replace(paper, width=40, images=2, model="cnn")
+  assert experiment.parse([]) == experiment.parse(["--preset", "demo"]) == experiment.PRESETS["demo"]
+
+
 def test_bad_config():
-  for change in ({"seeds": 0}, {"images": 0}, {"radii": ()}, {"model": "cnn", "dataset": "leaders"}):
+  more = {"images": 101}  # for each of three networks, of 300 digits
+  for change in (more, {"seeds": 0}, {"images": 0}, {"radii": ()}, {"model": "cnn", "dataset": "leaders"}):
     with pytest.raises(ValueError, match=f"^{next(iter(change))}: got"):
       experiment.main(experiment.Config(**change))

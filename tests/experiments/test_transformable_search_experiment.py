@@ -64,7 +64,7 @@ class SimpleState:
   found: object
 
 
-def test_runs_end_to_end(tmp_path, monkeypatch):
+def test_runs_end_to_end(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(images, "as_arrays", fake_arrays)
   monkeypatch.setattr(experiment.tas, "DerivedNetwork", Little)
   monkeypatch.setattr(experiment.tas, "search_learner", little_search)
@@ -88,6 +88,8 @@ def test_runs_end_to_end(tmp_path, monkeypatch):
     f"error, {name}" for name in ("full", "found", "found + KD", "uniform", "uniform + KD", "random + KD")
   } <= set(metrics)
   assert metrics["multiplications, full"]["mean"] == 1
+  # That search stays where it starts, which is at 0.44 of the full cost.
+  assert metrics["searches that met the target (%)"]["mean"] == 0 and "never met its target" in capsys.readouterr().out
   same = [metrics[f"multiplications, {name}"]["mean"] for name in ("found", "uniform", "random + KD")]
   assert max(same) < 1.08 * min(same)
   assert (folder / "figure.png").stat().st_size > 10_000

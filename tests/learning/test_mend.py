@@ -189,6 +189,9 @@ def test_edited_network_is_the_network_of_merged_kernels(variables):
   np.testing.assert_allclose(edited, expected, atol=1e-4)
   assert np.abs(expected - predict(variables, tokens)).max() > 0.1
   kernel = np.asarray(variables["params"]["block0"]["mlp"]["fc1"]["kernel"])
+  apart = jax.tree.map(lambda a: a.reshape(2, 2, -1), edits)  # two sentences' edits, two tokens each
+  np.testing.assert_allclose(jax.jit(lambda *given: mend.apply(MODEL, *given))(variables, apart, tokens), edited)
+  chex.assert_trees_all_equal(mend.merge(variables["params"], apart), merged)
   by_hand = kernel + sum(np.outer(x, d) for x, d in zip(*edits["block0/mlp/fc1"], strict=True))
   np.testing.assert_allclose(merged["block0"]["mlp"]["fc1"]["kernel"], by_hand, atol=1e-5)
 
@@ -277,6 +280,7 @@ def test_which_layers_share_and_which_way_an_edit_goes():
   assert params()["transform_3x5"]["combined0"]["scale"].shape == (2, 8)
   assert set(params(shared=False)) == {"step_sizes", "a", "b", "c"}
   assert "scale" not in params(shared=False)["a"]["combined0"]
+  assert set(params(variant="inputs")["transform_5x3"]) == {"inputs0", "inputs1"}
   assert set(params(variant="separate")["transform_5x3"]) == {"inputs0", "inputs1", "deltas0", "deltas1"}
   assert set(params(variant="smaller")["transform_5x3"]) == {"deltas0", "deltas1"}
   editor = mend.Editor(("a",), rank=2)
@@ -285,6 +289,23 @@ def test_which_layers_share_and_which_way_an_edit_goes():
   down, up = (train(dataclasses.replace(editor, sign=sign))(variables, one)[0]["a"] for sign in (-1, 1))
   np.testing.assert_array_equal(down.deltas, -up.deltas)
   assert np.sum(up.deltas * one["a"].deltas) > 0
+
+
+@pytest.mark.parametrize(("variant", "mapped"), [("inputs", "inputs"), ("deltas", "deltas"), ("smaller", "inputs")])
+def test_half_an_editor_leaves_the_other_factor_as_it_is(variant, mapped):
+  """The mapped factor by NumPy, the other normalised alone."""
+  m, n = 3, 5
+  transform, factors = mend.GradientTransform(2, 1, None, variant, normalize=False), random_factors(0, 6)["a"]
+  rng = np.random.default_rng(1)
+  width = m if mapped == "inputs" else n
+  layer = {name: rng.standard_normal(shape).astype("float32") for name, shape in
+           (("down", (width, 2)), ("up", (2, width)), ("bias", (width,)))}  # fmt: skip
+  statistics = jax.eval_shape(transform.init, jax.random.key(0), factors)["statistics"]
+  zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), statistics)
+  found = jax.jit(transform.apply)({"params": {f"{mapped}0": layer}, "statistics": zeros}, factors)
+  z = getattr(factors, mapped)
+  expected = factors._replace(**{mapped: z + np.maximum(z @ layer["down"] @ layer["up"] + layer["bias"], 0)})
+  chex.assert_trees_all_close(found, expected, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------- training

@@ -579,6 +579,9 @@ def test_a_short_search_ends_at_the_target():
   got = tas.macs(SMALL, genotype, connected=False) / tas.macs(SMALL, SMALL.full)
   np.testing.assert_allclose(got, tas.found_macs(SMALL, state.found) / tas.macs(SMALL, SMALL.full), rtol=1e-6)
   assert abs(got - ratio) <= 0.05, ratios
+  assert tas.on_target(SMALL, genotype, ratio=ratio)
+  assert not tas.on_target(SMALL, SMALL.full, ratio=ratio)
+  assert not tas.on_target(SMALL, genotype, ratio=got - 0.01) and not tas.on_target(SMALL, genotype, ratio=got + 0.06)
 
 
 def test_a_step_is_one_of_weights_and_then_one_of_logits():

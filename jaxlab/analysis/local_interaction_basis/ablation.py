@@ -10,11 +10,18 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab import checks
 from jaxlab.analysis.local_interaction_basis.basis import Basis, Graph, activations
-from jaxlab.analysis.local_interaction_basis.sections import Network, Section, run
+from jaxlab.analysis.local_interaction_basis.gradients import check_section
+from jaxlab.analysis.local_interaction_basis.sections import Network, Section, floats_as, run
 
 
 def accuracy(outputs: Float[Array, "n q k"], labels: Int[Array, " n"]) -> float:
-  """Host. Share of examples whose largest output at the last position is the label."""
+  """Host. Share of examples whose largest output at the last position is the label.
+
+  Raises:
+    ValueError: other labels than one for each example.
+  """
+  if np.shape(labels) != np.shape(outputs)[:1]:
+    raise ValueError(f"labels: got shape {np.shape(labels)}, expected one for each of {len(outputs)} examples")
   return float((np.asarray(outputs)[:, -1].argmax(-1) == np.asarray(labels)).mean())
 
 
@@ -25,7 +32,11 @@ def keep_features(x: Float[Array, "... d"], basis: Basis, count: int | Array) ->
     x: activations.
     basis: of the node layer.
     count: k, features to keep; with all, still without what the basis has dropped.
+
+  Raises:
+    ValueError: activations that are not floats.
   """
+  _check_floats(x)
   kept = jnp.arange(basis.into.shape[1]) < count
   return (x @ jnp.asarray(basis.into, x.dtype) * kept) @ jnp.asarray(basis.back, x.dtype)
 
@@ -43,8 +54,9 @@ def keep_edges(
     mask: edges to keep, [to, from]; concrete, since features with the same sources are computed together.
 
   Raises:
-    ValueError: a mask of another shape.
+    ValueError: a mask of another shape, activations that are not floats.
   """
+  _check_floats(x)
   expected = (len(after.importance), len(basis.importance))
   mask = np.asarray(mask, bool)
   if mask.shape != expected:
@@ -136,7 +148,12 @@ def feature_curve(
     x: activations of the first node layer, in whose dtype all is computed.
     score: of outputs, such as `functools.partial(accuracy, labels=labels)`.
     counts: of features; with as many as the basis has, or more, the network as it is.
+
+  Raises:
+    ValueError: a negative count, no such layer, another network's graph, activations that are not floats.
   """
+  for count in counts:
+    checks.count("counts", count, 0)
   network, basis, at = _prepared(network, graph, layer, x)
   rest = network[layer:]
   return {
@@ -188,6 +205,9 @@ def edges_required(
     network, graph, layer, x, score: as for `feature_curve`; higher is better.
     tolerance: of the score.
     constant: see `strongest`.
+
+  Raises:
+    ValueError: a negative tolerance, or as `feature_curve`.
   """
   checks.real("tolerance", tolerance, 0.0, np.inf)
   network, basis, at = _prepared(network, graph, layer, x)
@@ -217,5 +237,13 @@ def _prepared(network, graph, layer, x):
   if len(graph.bases) != len(network) + 1:
     raise ValueError(f"graph: got {len(graph.bases)} node layers, expected {len(network) + 1}")
   x = jnp.asarray(x)
-  network = jax.tree.map(lambda a: jnp.asarray(a, x.dtype), tuple(network))
+  _check_floats(x)
+  network = floats_as(x.dtype, tuple(network))
+  check_section(network[0], x)
   return network, graph.bases[layer], activations(network, x)[layer]
+
+
+def _check_floats(x):
+  # In the dtype of x all is computed: whole numbers would cut weights off.
+  if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+    raise ValueError(f"x: got {jnp.result_type(x)}, expected activations that are floats")

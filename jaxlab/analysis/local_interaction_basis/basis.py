@@ -10,7 +10,7 @@ import scipy.linalg
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxlab import checks
-from jaxlab.analysis.local_interaction_basis import gradients
+from jaxlab.analysis.local_interaction_basis import gradients, sections
 from jaxlab.analysis.local_interaction_basis.gradients import Formula, Integration
 from jaxlab.analysis.local_interaction_basis.sections import Network
 
@@ -61,24 +61,31 @@ def interaction_graph(
   """Host, with sums over the data on the device: bases of all node layers, and edges between them.
 
   Args:
-    network: sections; weights are taken to float64, whether or not JAX's 64 bits are enabled.
+    network: sections; their floating weights are taken to float64, whether or not JAX's 64 bits are enabled.
     x: activations of the first node layer.
     method: "lib"; "pca", which stops after the first rotation; "neuron", no rotation; or LIB by an older formula of
       the official code, see `gradient_gram`.
     center: whether features are of centred activations, with one for the constant, which must be last in x.
     threshold: directions of less variance, and features of less importance, are dropped.
     rotate_output: whether the last node layer has its principal components as basis, in place of itself.
-    integration, intervals, position_sources, feature_sources, key, batch_size: see `jacobian_gram`.
+    integration, intervals, batch_size: see `jacobian_gram`; for "(1-alpha)^2" another integration than "gradient".
+    position_sources, feature_sources, key: see there; for "lib" alone.
 
   Raises:
-    ValueError: an argument out of range, or a constant that is none.
+    ValueError: an argument out of range, one that the method does not know, or a constant that is none.
   """
   checks.choice("method", method, ("lib", "pca", "neuron", "(1-0)*alpha", "(1-alpha)^2"))
   checks.real("threshold", threshold, 0.0, np.inf)
+  gradients.check_formula(method, integration)
+  for name, sources in (("position_sources", position_sources), ("feature_sources", feature_sources)):
+    if sources is not None and method != "lib":
+      raise ValueError(f"{name}: got {sources} for method {method!r}, expected None, as only 'lib' draws sources")
   _check(network, x)
   nodes: Any = {"integration": integration, "intervals": intervals, "batch_size": batch_size}
   with jax.enable_x64(True):
-    network, x = jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), (tuple(network), x))
+    x = jnp.asarray(np.asarray(x, np.float64))
+    network = sections.floats_as("float64", tuple(network))
+    gradients.check_section(network[0], x)
     layers, statistics = _survey(network, x, center=center)
     if rotate_output:
       bases = [_principal("rotate_output", layers[-1], statistics[-1], threshold, center)]

@@ -155,13 +155,23 @@ def gradient_gram(
   Args:
     section, x, to, integration, intervals, batch_size: as for `jacobian_gram`.
     formula: of what: "(1-0)*alpha", f(a x) . f(x); "(1-alpha)^2", -|f(x) - f(a x)|^2.
+
+  Raises:
+    ValueError: as `jacobian_gram`; the second formula at a = 1 alone, where its gradient is zero.
   """
   checks.choice("formula", formula, Formula)
+  check_formula(formula, integration)
   points = _points(integration, intervals, x)
   _check(section, x, to, batch_size)
   # Their gradients are J(a x)^T f(x), and J(a x)^T (2 f(x) - 2 f(a x)).
   factors = (1.0, 0.0) if formula == "(1-0)*alpha" else (2.0, 2.0)
   return _gradient_gram(section, x, to, points, factors, batch_size=batch_size)
+
+
+def check_formula(formula: str, integration: Integration) -> None:
+  """Raises a ValueError for a formula whose gradients are zero at all points of the rule."""
+  if formula == "(1-alpha)^2" and integration == "gradient":
+    raise ValueError(f"integration: got {integration!r}, expected gauss_legendre or trapezoid for {formula}")
 
 
 @functools.partial(jax.jit, static_argnames="batch_size")
@@ -277,8 +287,15 @@ def _points(integration, intervals, x):
 def _wide(tree):
   """All floating arrays in one dtype, the widest among them and float32."""
   floats = [a for a in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(a), jnp.floating)]
-  dtype = jnp.result_type("float32", *floats)
-  return jax.tree.map(lambda a: jnp.asarray(a, dtype) if jnp.issubdtype(jnp.result_type(a), jnp.floating) else a, tree)
+  return sections.floats_as(jnp.result_type("float32", *floats), tree)
+
+
+def check_section(section: Section, x: Float[Array, "n p d"]) -> tuple[int, ...]:
+  """The shape of the section's activations; raises a ValueError unless it takes x."""
+  try:
+    return jax.eval_shape(section, x).shape
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"x: got shape {jnp.shape(x)}, expected what the section takes ({error})") from error
 
 
 def _check(section, x, to, batch_size):
@@ -287,9 +304,6 @@ def _check(section, x, to, batch_size):
     raise ValueError(
       f"x: got {jnp.result_type(x)} {jnp.shape(x)}, expected activations [examples, positions, features]"
     )
-  try:
-    shape = jax.eval_shape(section, x).shape
-  except (TypeError, ValueError) as error:
-    raise ValueError(f"x: got shape {jnp.shape(x)}, expected what the section takes ({error})") from error
+  shape = check_section(section, x)
   if jnp.ndim(to) != 2 or jnp.shape(to)[0] != shape[-1]:
     raise ValueError(f"to: got shape {jnp.shape(to)}, expected [{shape[-1]}, features], the next layer's basis")

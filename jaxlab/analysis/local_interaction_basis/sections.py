@@ -153,6 +153,12 @@ def run(network: Network, x: Float[Array, "... p d"]) -> Float[Array, "... q e"]
   return x
 
 
+def floats_as(dtype: jax.typing.DTypeLike, network: Network) -> Network:
+  """Sections whose floating weights have this dtype; whole numbers and bools stay."""
+  floats = lambda a: jnp.issubdtype(jnp.result_type(a), jnp.floating)
+  return jax.tree.map(lambda a: jnp.asarray(a, dtype) if floats(a) else a, network)
+
+
 # ------------------------------------------------------------------------------------------------- folding biases in
 
 

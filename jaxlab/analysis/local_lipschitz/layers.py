@@ -1,7 +1,7 @@
 """Chains of affine layers with ReLU between them, and products with their matrices that are never formed."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
-from jaxlab import interop
+from jaxlab import checks, interop
 
 _HIGHEST = jax.lax.Precision.HIGHEST  # a bound from truncated products would be no bound
 
@@ -34,14 +34,30 @@ class Conv:
   Attributes:
     kernel: [h, w, in, out].
     bias: [out].
-    strides: of the two axes.
+    strides: of the two axes, or one for both.
     padding: "SAME", "VALID" or ((before, after), (before, after)).
+
+  Raises:
+    ValueError: strides below 1, another padding.
   """
 
   kernel: Float[Array, "h w i o"]
   bias: Float[Array, " o"]
-  strides: tuple[int, int] = struct.field(pytree_node=False, default=(1, 1))
+  strides: int | tuple[int, int] = struct.field(pytree_node=False, default=(1, 1))
   padding: str | tuple[tuple[int, int], ...] = struct.field(pytree_node=False, default="SAME")
+
+  def __post_init__(self) -> None:
+    """Checks the strides and the padding."""
+    strides = self.strides if isinstance(self.strides, Sequence) else (self.strides,) * 2
+    if len(strides) != 2:
+      raise ValueError(f"strides: got {self.strides}, expected one for each of two axes")
+    object.__setattr__(self, "strides", tuple(checks.count("strides", stride) for stride in strides))
+    if self.padding in ("SAME", "VALID"):
+      return
+    pairs = self.padding if isinstance(self.padding, Sequence) else ()
+    if [np.shape(pair) for pair in pairs] != [(2,), (2,)]:
+      raise ValueError(f"padding: got {self.padding!r}, expected 'SAME', 'VALID' or two pairs (before, after)")
+    object.__setattr__(self, "padding", tuple(tuple(checks.count("padding", n, 0) for n in pair) for pair in pairs))
 
 
 Layer: TypeAlias = Dense | Conv
@@ -68,10 +84,10 @@ def box(x: Float[Array, "*shape"], radius: float | Array, clip: tuple[float, flo
     clip: smallest and largest value that inputs have, such as (0, 1).
 
   Raises:
-    ValueError: a negative radius (seen on the host only) or clip's ends in the wrong order.
+    ValueError: a radius that is not at least 0 (seen on the host only) or clip's ends in the wrong order.
   """
   x = jnp.asarray(x)
-  if not isinstance(radius, jax.core.Tracer) and (np.asarray(radius) < 0).any():
+  if not isinstance(radius, jax.core.Tracer) and not (np.asarray(radius) >= 0).all():
     raise ValueError(f"radius: got {radius}, expected at least 0")
   lower, upper = x - radius, x + radius
   if clip is not None:
@@ -114,15 +130,19 @@ def from_torch(
     padding: name -> zeros on every side, of those that have any.
 
   Raises:
-    ValueError: weights that are missing, or no chain.
+    ValueError: weights that are missing, no chain, or strides and padding of what is no convolution among `names`.
   """
   layers: list[Layer] = []
   shape = tuple(input_shape)
   for name in names:
-    weight = f"{name}.weight"
-    if weight not in state_dict:
-      raise ValueError(f"state_dict: got no {weight!r}, expected the weights of {', '.join(names)}")
-    is_conv = np.ndim(state_dict[weight]) == 4
+    if f"{name}.weight" not in state_dict:
+      raise ValueError(f"state_dict: got no '{name}.weight', expected the weights of {', '.join(names)}")
+  convolutions = [name for name in names if np.ndim(state_dict[f"{name}.weight"]) == 4]
+  for argument, given in (("strides", strides), ("padding", padding)):
+    if unknown := set(given or ()) - set(convolutions):
+      raise ValueError(f"{argument}: got those of {sorted(unknown)}, expected names among {convolutions}")
+  for name in names:
+    weight, is_conv = f"{name}.weight", name in convolutions
     rule = interop.conv(name) if is_conv else interop.dense(name)
     part = {key: state_dict[key] for key in (weight, f"{name}.bias") if key in state_dict}
     params = interop.variables(part, {"params/layer": rule})["params"]["layer"]
@@ -149,8 +169,9 @@ def push(layer: Layer, x: Float[Array, "*shape"]) -> Float[Array, "*out"]:
   """W x, without bias."""
   if isinstance(layer, Dense):
     return jnp.dot(x.reshape(-1), layer.kernel, precision=_HIGHEST)
+  strides: Any = layer.strides  # two of them since the checks
   return jax.lax.conv_general_dilated(
-    x[None], layer.kernel, layer.strides, layer.padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=_HIGHEST
+    x[None], layer.kernel, strides, layer.padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=_HIGHEST
   )[0]
 
 

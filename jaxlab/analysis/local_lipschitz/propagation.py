@@ -20,6 +20,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from jaxlab import checks
 from jaxlab.analysis.local_lipschitz import layers as chain
 from jaxlab.analysis.local_lipschitz import relaxation
 from jaxlab.analysis.local_lipschitz.layers import Bounds, Network
@@ -71,17 +72,18 @@ def optimize(
     decay: of the rate, by step.
 
   Raises:
-    ValueError: as `forward`.
+    ValueError: as `forward`, a label that is no output (seen on the host only).
   """
   _check(network, box, chunk)
-  if steps < 0:
-    raise ValueError(f"steps: got {steps}, expected at least 0")
+  checks.count("steps", steps, 0)
   if not 0 < decay <= 1:
     raise ValueError(f"decay: got {decay}, expected a number in (0, 1]")
   network, wide = chain.wide(network, box)
   outputs = network[-1].kernel.shape[-1]
   specification = jnp.eye(outputs, dtype=wide.lower.dtype)
   if label is not None:
+    if not isinstance(label, jax.core.Tracer):
+      checks.count("label", label, 0, outputs - 1)
     specification = jax.nn.one_hot(label, outputs, dtype=wide.lower.dtype) - specification
   first, _ = _crown(network, wide, None, None, chunk)
   # slopes[k][i]: of the line below a_i, in bounds of z_k; one set for the lower and one for the upper side.
@@ -370,8 +372,8 @@ def _check(network, box, chunk):
     raise ValueError(f"box: got dtype {box.lower.dtype}, expected a floating one")
   if not isinstance(box.lower, jax.core.Tracer) and (np.asarray(box.lower) > np.asarray(box.upper)).any():
     raise ValueError("box: got a lower end above the upper one, expected none")
-  if chunk is not None and chunk < 1:
-    raise ValueError(f"chunk: got {chunk}, expected at least 1")
+  if chunk is not None:
+    checks.count("chunk", chunk)
   shape = box.lower.shape
   for layer in network:
     shape = chain.out_shape(layer, shape)

@@ -29,6 +29,9 @@ Differs from the official code:
 - The step sizes really have a learning rate of their own; the code builds that optimizer but its gradients are always
   zero. `optimizer(1e-6, step_size_rate=1e-6)` is what the code does.
 - The code skips a problem whose gradient is not finite; here training stops, as everywhere in `train.fit`.
+- Training ends after a given number of steps; the code stops when the validation loss no longer falls.
+- Losses are those of decoder language models. The code's for a classifier (BERT on FEVER: Bernoulli KL) and for an
+  encoder with a decoder (BART, T5) are not here; `Editor`, `collect`, `apply` and `merge` do work on such networks.
 """
 
 from jaxlab.learning.mend.editor import Editor, GradientTransform, from_torch

@@ -141,7 +141,7 @@ class Editor(nn.Module):
   Layers with kernels of one shape share a `GradientTransform`, each with a scale and shift of its own.
 
   Attributes:
-    targets: paths of the layers, as in `factors.collect`.
+    targets: paths of the layers, as in `factors.collect`; with a transform each, named by them with "_" for "/".
     rank: at most 1920 in the paper.
     num_layers: of a transform's network.
     variant: what the networks see, see `GradientTransform`.
@@ -177,6 +177,12 @@ class Editor(nn.Module):
     checks.choice("variant", self.variant, Variant)
     checks.choice("start", self.start, Start)
     checks.choice("sign", self.sign, (-1, 1))
+    if not np.isfinite(self.step_size):
+      raise ValueError(f"step_size: got {self.step_size}, expected a finite number")
+    names: dict[str, str] = {}
+    for path in () if self.shared else self.targets:
+      if (other := names.setdefault(_own_name(path), path)) != path:
+        raise ValueError(f"targets: got {other!r} and {path!r}, expected names that stay apart where '/' becomes '_'")
     super().__post_init__()
 
   @nn.compact
@@ -223,8 +229,12 @@ def sharing(shapes: Mapping[str, tuple[int, int]], shared: bool = True) -> dict[
   """Name of each transform -> paths of its layers, in order: by shape (m, n) of their kernels, or one each."""
   layers: dict[str, list[str]] = {}
   for path, (m, n) in shapes.items():
-    layers.setdefault(f"transform_{m}x{n}" if shared else path.replace("/", "_"), []).append(path)
+    layers.setdefault(f"transform_{m}x{n}" if shared else _own_name(path), []).append(path)
   return layers
+
+
+def _own_name(path: str) -> str:
+  return path.replace("/", "_")
 
 
 def from_torch(

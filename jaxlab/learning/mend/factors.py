@@ -106,7 +106,7 @@ def apply(
   Args:
     model: flax model.
     variables: those of the network before the edit.
-    edits: path -> inputs [T, m] and deltas [T, n]; what `Editor` returns.
+    edits: path -> inputs [*b, T, m] and deltas [*b, T, n], what `Editor` returns; sums are over b and T.
     inputs: of the model.
     **options: of `model.apply`.
 
@@ -116,7 +116,7 @@ def apply(
   check_targets(variables["params"], list(edits))
 
   def correct(path: str, x: Array, y: Array) -> Array:
-    wanted, change = (factor.astype(y.dtype) for factor in edits[path])
+    wanted, change = (factor.astype(y.dtype).reshape(-1, factor.shape[-1]) for factor in edits[path])
     return y + (x.astype(y.dtype) @ wanted.T) @ change
 
   return _intercepted(model, list(edits), correct)(variables, inputs, **options)

@@ -60,7 +60,11 @@ def kl_divergence(
     before: logits of the network before the edit.
     after: logits after it.
     mask: True at the tokens t whose predictions, the logits at t - 1, are compared.
+
+  Raises:
+    ValueError: a mask that is not bool.
   """
+  language.check_mask("mask", mask)
   p, q = (jax.nn.log_softmax(logits[..., :-1, :].astype(jnp.float32)) for logits in (before, after))
   weight = mask[..., 1:].astype(jnp.float32)
   divergence = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
@@ -230,6 +234,8 @@ def _check(name: str, sentences: Batch, ndim: int) -> None:
 
 
 def _check_batch(batch: Batch) -> None:
+  if missing := [name for name in ("edit", "paraphrase", "locality") if name not in batch]:
+    raise ValueError(f"batch: got {sorted(batch)}, expected {', '.join(missing)} too")
   for name in ("edit", "paraphrase", "locality"):
     _check(f"batch[{name!r}]", batch[name], 3)
   edits, paraphrases, locality = (batch[name]["tokens"].shape for name in ("edit", "paraphrase", "locality"))

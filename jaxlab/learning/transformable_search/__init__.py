@@ -19,7 +19,7 @@ The most likely widths and depths are trained from scratch on labels and on the 
     space = resnet(32)
     tx = local.sgd(rate, weight_decay=5e-4)
     search = search_learner(SearchNetwork(space), tx, architecture_optimizer(), tau, ratio=0.5)
-    genotype = extract(space, state.found)
+    genotype = extract(space, state.found)                  # does it meet the target? on_target(space, genotype, ...)
     student = distilled_learner(DerivedNetwork(space, genotype), tx, teacher, teacher_variables)
 
 `SearchState.found` is the last architecture whose F was within the tolerance; `architecture` is the last of all, as in
@@ -38,7 +38,8 @@ Differs from the official code:
 - Pixels are averaged over the whole last image, not over 8 x 8: the same for images of 32 x 32.
 - The architecture's step differentiates by the logits alone, not also by weights whose gradients are then dropped.
 - `DerivedNetwork`'s running variances are the biased ones; PyTorch's are n / (n - 1) of that.
-As there, a bottleneck's inserted shortcut has no normalisation. ImageNet's networks are not here.
+As there, a bottleneck's inserted shortcut has no normalisation. ImageNet's networks are not here; the experiment is on
+CIFAR-10, with no option for CIFAR-100.
 """
 
 from jaxlab.learning.transformable_search.derived import DerivedNetwork, derived_from_torch
@@ -49,6 +50,7 @@ from jaxlab.learning.transformable_search.learner import (
   cost,
   distilled_learner,
   knowledge_transfer,
+  on_target,
   search_learner,
   temperature,
 )
@@ -82,6 +84,6 @@ __all__ = [
   "REFERENCES", "Architecture", "DerivedNetwork", "DistilledState", "Genotype", "MixedConv", "Sample", "SearchNetwork",
   "SearchState", "Space", "architecture_optimizer", "cost", "depth_choices", "derived_from_torch", "distilled_learner",
   "expected_macs", "extract", "found_macs", "from_torch", "initial", "interpolation", "knowledge_transfer", "macs",
-  "random", "reference", "resnet", "sample", "search_learner", "temperature", "uniform",
+  "on_target", "random", "reference", "resnet", "sample", "search_learner", "temperature", "uniform",
   "width_choices",
 ]  # fmt: skip

@@ -8,10 +8,10 @@ import jax
 from jaxtyping import Array, Float
 
 from jaxlab import interop
-from jaxlab.learning.transformable_search.space import Block, Genotype, Space, check
+from jaxlab.learning.transformable_search.space import Block, Genotype, Space, check, check_inputs
 from jaxlab.models.backbones import cifar
 from jaxlab.nn.batch_norm import BatchNormAct
-from jaxlab.nn.module import check_images, precision
+from jaxlab.nn.module import precision
 
 
 class Kept(NamedTuple):
@@ -66,12 +66,17 @@ class DerivedNetwork(nn.Module):
 
   @nn.compact
   def __call__(self, images: Float[Array, "b h w c"], *, train: bool = False) -> Float[Array, "b k"]:
-    """Logits."""
+    """Logits.
+
+    Raises:
+      ValueError: images that are not floats [B, S, S, C] of the space's size, a genotype of another space.
+    """
     options = {**precision(self), "axis_name": self.axis_name}
-    check_images(images, self.space.in_channels)
+    check_inputs(self.space, images)
+    blocks = kept_blocks(self.space, self.genotype)
     x = images.astype(self.dtype)
     x = cifar.ConvUnit(self.genotype.widths[0], use_bias=False, name="stem", **options)(x, train=train)
-    for i, kept in enumerate(kept_blocks(self.space, self.genotype)):
+    for i, kept in enumerate(blocks):
       x = DerivedBlock(kept, name=f"blocks_{i}", **options)(x, train=train)
     classifier = nn.Dense(
       self.space.num_classes, kernel_init=nn.initializers.normal(0.01), name="classifier", **precision(self)

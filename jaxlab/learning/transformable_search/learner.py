@@ -11,7 +11,17 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from jaxlab import checks, train
 from jaxlab.learning.transformable_search.search import SearchNetwork, sample
-from jaxlab.learning.transformable_search.space import Architecture, expected_macs, found_macs, initial, macs
+from jaxlab.learning.transformable_search.space import (
+  Architecture,
+  Genotype,
+  Space,
+  expected_macs,
+  found_macs,
+  initial,
+  macs,
+)
+
+_ROUNDOFF = 1e-6  # of a share in float32, in which a search compares
 
 
 @flax.struct.dataclass
@@ -25,7 +35,8 @@ class SearchState:
     opt_state: of the weights' optimizer.
     architecture: logits.
     architecture_opt_state: of their optimizer.
-    found: the last logits whose F was in [target - tolerance, target]; the first ones, before there were any.
+    found: the last logits whose F was in [target - tolerance, target]; the first ones, before there were any, which
+      `on_target` tells.
     key: where noise comes from; constant, because step t uses `fold_in(key, t)`.
   """
 
@@ -69,6 +80,16 @@ def cost(expected: Float[Array, ""], found: Float[Array, ""], target: float, tol
   """
   sign = jnp.where(found < target - tolerance, -1.0, jnp.where(found > target, 1.0, 0.0))
   return sign * jnp.log(expected)
+
+
+def on_target(space: Space, genotype: Genotype, *, ratio: float, tolerance: float = 0.05) -> bool:
+  """Host. Whether F is in [target - tolerance, target]; arguments as of `search_learner`.
+
+  A search that never came there leaves the network that it started with as its `found`, for which this is False,
+  unless that one was there by chance.
+  """
+  share = macs(space, genotype, connected=False) / macs(space, space.full)
+  return ratio - tolerance - _ROUNDOFF <= share <= ratio + _ROUNDOFF
 
 
 def search_learner(

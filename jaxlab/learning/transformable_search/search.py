@@ -16,10 +16,11 @@ from jaxlab.learning.transformable_search.space import (
   Block,
   Space,
   check_architecture,
+  check_inputs,
   width_choices,
 )
 from jaxlab.models.backbones import cifar
-from jaxlab.nn.module import check_images, precision
+from jaxlab.nn.module import precision
 
 
 class Sample(NamedTuple):
@@ -223,12 +224,17 @@ class SearchNetwork(nn.Module):
 
   @nn.compact
   def __call__(self, images: Float[Array, "b h w c"], drawn: Sample, *, train: bool = False) -> Float[Array, "b k"]:
-    """Logits of the sampled mixture."""
+    """Logits of the sampled mixture.
+
+    Raises:
+      ValueError: images that are not floats [B, S, S, C] of the space's size, a sample of another space.
+    """
     space, options = self.space, {**precision(self), "axis_name": self.axis_name}
-    check_images(images, space.in_channels)
-    expected = (len(space.convolutions), 2), (3, len(space.depths))
-    if (got := (drawn.indices.shape, drawn.depths.shape)) != expected:
-      raise ValueError(f"drawn: got indices and depths of shapes {got}, expected {expected}")
+    check_inputs(space, images)
+    pair = (len(space.convolutions), 2)
+    expected = (pair, pair, (3, len(space.depths)))
+    if (got := tuple(part.shape for part in drawn)) != expected:
+      raise ValueError(f"drawn: got indices, weights and depths of shapes {got}, expected {expected}")
     stem = MixedConv(width_choices(space.widths[0]), 3, act=True, name="stem", **options)
     x, channels = stem(images.astype(self.dtype), drawn.indices[0], drawn.weights[0], train=train)
     ends: list[tuple[Array, Array]] = []  # of the stage, at the depths that it may have

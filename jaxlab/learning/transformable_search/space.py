@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxlab import checks
+from jaxlab.nn.module import check_images
 
 _FRACTIONS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 CHOICES = len(_FRACTIONS)
@@ -341,10 +342,18 @@ def random(
 def check(space: Space, genotype: Genotype) -> None:
   """Raises a ValueError unless the genotype is one of the space; its widths may be any up to the full ones."""
   widths, full = genotype.widths, space.convolutions
-  if len(widths) != len(full) or not all(1 <= mine <= most for mine, most in zip(widths, full, strict=True)):
-    raise ValueError(f"genotype: got widths {widths}, expected {len(full)} of at least 1 and at most {full}")
-  if len(genotype.depths) != 3 or not all(1 <= depth <= space.blocks for depth in genotype.depths):
-    raise ValueError(f"genotype: got depths {genotype.depths}, expected three from 1 to {space.blocks}")
+  inside = lambda value, most: isinstance(value, int | np.integer) and 1 <= value <= most
+  if len(widths) != len(full) or not all(map(inside, widths, full)):
+    raise ValueError(f"genotype: got widths {widths}, expected {len(full)} integers from 1 to {full}")
+  if len(genotype.depths) != 3 or not all(inside(depth, space.blocks) for depth in genotype.depths):
+    raise ValueError(f"genotype: got depths {genotype.depths}, expected three integers from 1 to {space.blocks}")
+
+
+def check_inputs(space: Space, images: Array) -> None:
+  """Raises a ValueError unless these are images of the space, whose costs are those of its image size."""
+  check_images(images, space.in_channels)
+  if images.shape[1:3] != (space.image_size,) * 2:
+    raise ValueError(f"images: got {images.shape[1:3]} pixels, expected the space's image_size, {space.image_size}")
 
 
 def check_architecture(space: Space, architecture: Architecture) -> None:

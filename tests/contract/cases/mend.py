@@ -90,6 +90,10 @@ def tune(**changes):
   return lambda: mend.fine_tune(MODEL, BASE, **given)
 
 
+def masked(measure):
+  return lambda: measure(np.zeros((1, N, V)), np.zeros((1, N), int), np.ones((1, N), int))
+
+
 def words(batch):
   return lambda: jax.eval_shape(MODEL.apply, BASE, batch)
 
@@ -116,6 +120,26 @@ CASE = Case(
     ),
     "layers that are not there": (start(targets=("block7/mlp/fc1",)), "targets"),
     "a norm": (start(targets=("block0/norm1",)), "targets"),
+    "a step that is no number": (lambda: editor(step_size=float("nan")), "step_size"),
+    "paths that become one name": (lambda: editor(targets=("a/b_c", "a_b/c"), shared=False), "targets"),
+    "no paraphrases": (start({name: problems()[name] for name in ("edit", "locality")}), "batch"),
+    "a mask of whole numbers": (
+      start(problems(locality={**problems()["locality"], "mask": np.ones((1, 3, N), int)})),
+      "batch['locality']",
+    ),
+    "tokens as floats": (
+      start(problems(edit={**problems()["edit"], "tokens": np.ones((1, 2, N), "float32")})),
+      "batch['edit']",
+    ),
+    "no mask": (start(problems(edit={"tokens": problems()["edit"]["tokens"]})), "batch['edit']"),
+    "success by a mask of whole numbers": (masked(language.sentence_success), "mask"),
+    "likelihood by a mask of whole numbers": (masked(language.sentence_nll), "mask"),
+    "divergence by a mask of whole numbers": (
+      lambda: mend.kl_divergence(np.zeros((1, N, V)), np.zeros((1, N, V)), np.ones((1, N), int)), "mask",
+    ),
+    "fine-tuning by a mask of whole numbers": (
+      tune(sentences={**sentences(1, 0), "mask": np.ones((1, N), int)}), "sentences",
+    ),
     "negative weight": (start(edit_weight=-1.0), "edit_weight"),
     "negative weight of the KL": (start(locality_weight=-1.0), "locality_weight"),
     "edits without a problem axis": (start(problems(edit=sentences(2, 0))), "batch['edit']"),

@@ -18,6 +18,12 @@ def drawn(architecture):
   return tas.sample(architecture, jax.random.key(3), 1.0)
 
 
+def weighted(weights):
+  """The network with these weights of the two widths."""
+  sample = drawn(tas.initial(SPACE, jax.random.key(0)))._replace(weights=weights)
+  return lambda: jax.eval_shape(tas.SearchNetwork(SPACE).init, jax.random.key(0), inputs(0), sample)
+
+
 def variables(x=None, space=SPACE, **changes):
   image = inputs(0) if x is None else x
   architecture = tas.initial(SPACE, jax.random.key(0))
@@ -57,9 +63,9 @@ def learner(**changes):
   return lambda: tas.search_learner(tas.SearchNetwork(SPACE), *tx, tas.temperature(2, 3), **settings)
 
 
-def derived(widths=SPACE.convolutions, depths=(2, 2, 2)):
-  genotype = tas.Genotype(widths, depths)
-  return lambda: jax.eval_shape(tas.DerivedNetwork(SPACE, genotype).init, jax.random.key(0), inputs(0))
+def derived(widths=SPACE.convolutions, depths=(2, 2, 2), images=None):
+  genotype, x = tas.Genotype(widths, depths), inputs(0) if images is None else images
+  return lambda: jax.eval_shape(tas.DerivedNetwork(SPACE, genotype).init, jax.random.key(0), x)
 
 
 CASE = Case(
@@ -71,7 +77,12 @@ CASE = Case(
     "one image without a batch": (lambda: variables(inputs(0)[0]), "images"),
     "bytes": (lambda: variables(np.zeros((2, 8, 8, 3), "uint8")), "images"),
     "grey": (lambda: variables(inputs(0)[..., :1]), "images"),
-    "a sample of another space": (lambda: variables(space=tas.resnet(20)), "drawn"),
+    "images of another size": (lambda: variables(np.zeros((2, 16, 16, 3), "float32")), "images"),
+    "images of another size for a derived network": (derived(images=np.zeros((2, 8, 4, 3), "float32")), "images"),
+    "a sample of another space": (lambda: variables(space=tas.resnet(20, image_size=8)), "drawn"),
+    "one weight for two widths": (weighted(np.ones((len(SPACE.convolutions), 1), "float32")), "drawn"),
+    "halves of channels": (derived(widths=(8.5, *SPACE.convolutions[1:])), "genotype"),
+    "half a block": (derived(depths=(2, 1.5, 2)), "genotype"),
     "a width with seven choices": (lambda: tas.resnet(20, widths=(8, 8, 16, 32)), "width"),
     "two stages": (lambda: tas.Space(3, (16, 16, 32)), "widths"),
     "one block a stage": (lambda: tas.Space(1), "blocks"),
