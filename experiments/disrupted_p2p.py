@@ -8,12 +8,17 @@
 On Barabasi-Albert graphs a share of the peers, the ones of highest degree or any, is removed at a round. In scenario A
 all peers hold data; in B and B' those that vanish hold none: B spreads the same total over the others, B' gives them
 what they have in A. Undisturbed runs go beside each. All worlds have the same shapes, so one compiled round runs all.
-Accuracy is the mean over survivors (over the same peers in undisturbed runs), at the end.
+Accuracy is the mean over survivors (over the same peers in undisturbed runs), at the end; median, minimum and the means
+next to the removed and farther away stand beside it, as do components and algebraic connectivity of the graph.
+
+Not provided of what the paper's subject suggests: removal by betweenness, training on the union of all data, weights by
+data, rounds until accuracy recovers. `jaxlab.decentral.disrupted_p2p` has the first and the third.
 """
 
 import dataclasses
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -24,7 +29,7 @@ import rich.table
 import scipy.stats
 import tyro
 
-from jaxlab import memory, train
+from jaxlab import checks, memory, train
 from jaxlab.data import digits, mnist5k
 from jaxlab.decentral import disrupted_p2p as dp
 from jaxlab.decentral import partition, simulator
@@ -44,7 +49,7 @@ class Config:
   share: float = 0.3
   """Of the peers that vanish."""
   time: int = 5
-  """Round at which they do; the late disruption is at half of the rounds."""
+  """Round at which they do, 0 for never there; the late disruption is at half of the rounds."""
   rounds: int = 60
   """In all."""
   epochs: int = 5
@@ -62,9 +67,14 @@ class Config:
   preset: Literal["demo", "paper"] = "demo"
   """paper: 784-512-256-128-10, 10 graphs, 100 rounds (settings that are not in the abstract are ours)."""
   workdir: pathlib.Path = pathlib.Path("runs/disrupted_p2p")
-  """Each setting has a folder in here with checkpoints, metrics, figure and result.json; a second run resumes."""
+  """Main settings name a folder in here with checkpoints, metrics, figure and result.json. A second run resumes there;
+  one of other settings is refused."""
 
 
+PRESETS = {
+  "demo": Config(),
+  "paper": Config(preset="paper", dataset="mnist_5k", hidden=(512, 256, 128), graphs=10, rounds=100),
+}
 # Name of an arm -> (scenario, who vanishes, when).
 ARMS: dict[str, tuple[dp.Scenario, str, str]] = {
   "undisturbed": ("A", "degree", "never"),
@@ -78,6 +88,17 @@ ARMS: dict[str, tuple[dp.Scenario, str, str]] = {
 }
 
 
+def parse(args: Sequence[str] | None = None) -> Config:
+  """The config of a command; the preset gives the defaults."""
+  name = tyro.cli(Config, args=args, description=__doc__).preset
+  return tyro.cli(Config, args=args, default=PRESETS[name], description=__doc__)
+
+
+def kept(config: Config) -> dict[str, Any]:
+  """The settings that a run depends on: its folder serves no others."""
+  return {name: value for name, value in dataclasses.asdict(config).items() if name != "workdir"}
+
+
 def world(config: Config, name: str, examples: dict[str, np.ndarray], seed: int) -> tuple[dp.World, dp.Structure]:
   """The world of an arm on one graph, and what its disruption does to the graph."""
   kind, by, when = ARMS[name]
@@ -85,7 +106,7 @@ def world(config: Config, name: str, examples: dict[str, np.ndarray], seed: int)
   removed = dp.choose_removed(adjacency, config.share, by, seed=seed)
   hubs = removed if by == "degree" else dp.choose_removed(adjacency, config.share, "degree", seed=seed)
   parts = dp.scenario(examples["label"], hubs, kind, seed=seed)
-  most = -(-len(examples["label"]) // round((1 - config.share) * config.peers))  # in B; one shape for all
+  most = -(-len(examples["label"]) // int((~hubs).sum()))  # in B; one shape for all
   time = {"never": config.rounds, "early": config.time, "late": config.rounds // 2, "local": config.rounds}[when]
   graph = np.zeros_like(adjacency) if when == "local" else adjacency
   return (
@@ -136,10 +157,10 @@ def interval(difference: np.ndarray) -> np.ndarray:
 def main(config: Config) -> None:
   """Trains what is not trained yet, then draws and reports."""
   memory.keep()
-  if config.preset == "paper":
-    config = dataclasses.replace(config, dataset="mnist_5k", hidden=(512, 256, 128), graphs=10, rounds=100)
-  if not 0 < config.time < config.rounds:
-    raise ValueError(f"time: got {config.time}, expected a round between the first and the last, {config.rounds}")
+  if not 0 <= config.time < config.rounds:
+    raise ValueError(f"time: got {config.time}, expected a round from 0 to {config.rounds - 1}")
+  if round(checks.real("share", config.share) * config.peers) >= config.peers:
+    raise ValueError(f"share: got {config.share}, expected one that leaves some of the {config.peers} peers")
   start_kind = "common" if config.common else "apart"
   folder = (
     config.workdir / f"{config.dataset}-{config.peers}-{config.share}-{config.rounds}-{config.graphs}-{start_kind}"
@@ -156,7 +177,7 @@ def main(config: Config) -> None:
   curves: dict[str, np.ndarray] = {}
   structures: dict[str, list[dp.Structure]] = {}
   by_size: list[Any] = []
-  isolated: dict[str, list[float]] = {"A, hubs": [], "A, hubs, late": []}
+  groups: dict[str, list[float]] = {}
   rounds = np.zeros(0)
   for name in ARMS:
     began, runs = time.perf_counter(), []
@@ -166,15 +187,26 @@ def main(config: Config) -> None:
       place = folder / name.replace(" ", "_").replace(",", "").replace("'", "2") / str(seed)
       train.fit(
         jitted, batch, steps=config.rounds, workdir=place, key=jax.random.key(seed), evaluate_on=[dict(splits.test)],
-        evaluate_every=1, log_every=config.rounds, save_every=config.rounds, progress=False, tensorboard=False,
+        evaluate_every=1, log_every=config.rounds, save_every=config.rounds, config=kept(config), progress=False,
+        tensorboard=False,
       )  # fmt: skip
       rounds, accuracy = train.read_metrics(place)["eval_accuracy"]
       survivors = ~batch.removed
       runs.append(accuracy[:, survivors].mean(1))
       structures[name].append(structure)
       by_size.append((name, structure.size[survivors], accuracy[-1, survivors]))
-      if name in isolated and (structure.size == 1).any():
-        isolated[name].append(float(accuracy[-1, structure.size == 1].mean()))
+      last = accuracy[-1]
+      for part, value in (("median", np.median(last[survivors])), ("minimum", last[survivors].min())):
+        groups.setdefault(f"{name}: {part} of survivors (%)", []).append(100 * float(value))
+      if name in ("A, hubs", "A, hubs, late", "A, random"):
+        places = {
+          "isolated survivors": structure.size == 1,
+          "survivors next to the removed": survivors & (structure.distance == 1),
+          "survivors farther away": survivors & (structure.distance > 1),
+        }
+        for part, there in places.items():
+          if there.any():  # not on every graph
+            groups.setdefault(f"{name}: {part} (%)", []).append(100 * float(last[there].mean()))
     curves[name] = np.stack(runs, 1)
     rich.print(f"{name}: {100 * curves[name][-1].mean():.2f} % in {time.perf_counter() - began:.0f} s")
   draw(config, curves, rounds, by_size, folder)
@@ -191,12 +223,14 @@ def main(config: Config) -> None:
   for name, value in differences.items():
     metrics[f"{name} (points)"] = value
     metrics[f"{name}: 95 % interval, half width"] = interval(value)
-  for name, values in isolated.items():
-    if values:
-      metrics[f"{name}: isolated survivors (%)"] = 100 * np.array(values)
+  metrics |= {name: np.array(values) for name, values in groups.items()}
   for name in ("A, hubs", "A, random"):
     metrics[f"{name}: giant component"] = np.array([s.giant for s in structures[name]])
     metrics[f"{name}: components"] = np.array([s.components for s in structures[name]])
+    metrics[f"{name}: algebraic connectivity"] = np.array([s.connectivity for s in structures[name]])
+  whole = [dp.barabasi_albert(config.peers, config.edges, seed=seed) for seed in range(config.graphs)]
+  nobody = np.zeros(config.peers, bool)
+  metrics["undisturbed: algebraic connectivity"] = np.array([dp.structure(g, nobody).connectivity for g in whole])
   train.report(
     folder,
     system="disrupted_p2p",
@@ -211,4 +245,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-  main(tyro.cli(Config, description=__doc__))
+  main(parse())

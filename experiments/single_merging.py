@@ -7,13 +7,19 @@
 Classes of every client's stream are drawn from Dirichlet(0.1). All arms do the same local steps with the same optimizer
 from the same start. `sparse + merge` hears 0.2 peers a round and averages all models in the last round; its controls
 are no communication before that merge, the same budget spread evenly over the rounds, an average of all in every round
-(`server`, the budget of federated training), and dense windows early, in the middle and late at equal budget. With
-different starts, models that never communicate cannot be merged at all.
+(`server`, the budget of federated training), and dense windows early, in the middle and late, of equally many rounds.
+With different starts, models that never communicate cannot be merged at all. Clients "before the merge" are measured
+one round before the last, so `evaluate_every` divides the rounds before it. `merged` has statistics of BatchNorm that
+are estimated anew from up to 32 minibatches of training images, where the network has any.
+
+Differs from the paper: CIFAR-100 at 32 pixels in place of TinyImageNet; its images are normalised by channel and not
+augmented. No transformers, no validation sets of clients.
 """
 
 import dataclasses
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -23,7 +29,7 @@ import rich
 import rich.table
 import tyro
 
-from jaxlab import memory, train
+from jaxlab import checks, memory, train
 from jaxlab.data import digits, images, mnist5k
 from jaxlab.decentral import simulator
 from jaxlab.decentral import single_merging as sm
@@ -53,17 +59,44 @@ class Config:
   peers: float = 0.2
   """Others a client hears in a sparse round, on average."""
   window: float = 0.05
-  """Length of a dense window, as a share of the run."""
+  """Length of a dense window, as a share of the run: at most 0.1, in whole rounds, at least one."""
   hidden: int = 64
   """Width of the network's hidden layer."""
   seeds: int = 3
   """Runs: draws of streams, starts and gossip."""
   evaluate_every: int = 5
-  """Rounds between measurements."""
+  """Rounds between measurements, a divisor of the rounds before the last."""
   preset: Literal["demo", "paper"] = "demo"
   """paper: 32 clients, 4,096 examples, 300 rounds of 100 steps of 128 examples, ResNet-18, label smoothing 0.1."""
   workdir: pathlib.Path = pathlib.Path("runs/single_merging")
-  """Each setting has a folder in here with checkpoints, metrics, figure and result.json; a second run resumes."""
+  """Main settings name a folder in here with checkpoints, metrics, figure and result.json. A second run resumes there;
+  one of other settings is refused."""
+
+
+PRESETS = {
+  "demo": Config(),
+  "paper": Config(
+    preset="paper",
+    dataset="cifar100",
+    clients=32,
+    rounds=300,
+    steps=100,
+    batch_size=128,
+    size=4096,
+    evaluate_every=13,
+  ),
+}
+
+
+def parse(args: Sequence[str] | None = None) -> Config:
+  """The config of a command; the preset gives the defaults."""
+  name = tyro.cli(Config, args=args, description=__doc__).preset
+  return tyro.cli(Config, args=args, default=PRESETS[name], description=__doc__)
+
+
+def kept(config: Config) -> dict[str, Any]:
+  """The settings that a run depends on: its folder serves no others."""
+  return {name: value for name, value in dataclasses.asdict(config).items() if name != "workdir"}
 
 
 def arms(config: Config) -> dict[str, tuple[sm.Schedule, bool]]:
@@ -80,10 +113,13 @@ def arms(config: Config) -> dict[str, tuple[sm.Schedule, bool]]:
     "sparse + merge, different starts": (single, False),
     "local + merge, different starts": (dataclasses.replace(single, start=0.0), False),
   }
+  length = max(1, round(checks.real("window", config.window, 0.0, 0.1) * config.rounds))
   for name, point in (("early", 0.1), ("middle", 0.5), ("late", 0.9)):
-    made[f"{name} window"] = (
-      sm.Schedule("truncate_v2", config.peers, n - 1, 2 * steps, point=point / 2, window=config.window / 2), True,
-    )  # fmt: skip  # twice the length and half the progress: the run ends without the dense round of step max_steps
+    # Twice the length and half the progress: the run ends without the dense round of step max_steps. The window starts
+    # half a round early, so that no rounding decides how many ends of rounds lie in it.
+    first = (int(point * config.rounds) + 0.5) / (2 * config.rounds)
+    window = length / (2 * config.rounds)
+    made[f"{name} window"] = sm.Schedule("truncate_v2", config.peers, n - 1, 2 * steps, first, window), True
   return made
 
 
@@ -91,10 +127,19 @@ def load(config: Config) -> tuple[Any, Any, nn.Module]:
   """Training and test images, and the network."""
   if config.dataset == "cifar100":
     parts = [images.as_arrays("cifar100", split) for split in ("train", "test")]
-    training, test = ({**part, "image": part["image"].astype(np.float32) / 255} for part in parts)
+    scaled = lambda image: images.normalize(image, images.CIFAR100_MEAN, images.CIFAR100_STD)
+    training, test = ({**part, "image": scaled(part["image"])} for part in parts)
     return training, test, sm.ResNet18(100)
   splits = (mnist5k if config.dataset == "mnist_5k" else digits).images()
   return splits.train, splits.test, sm.MLP(10, hidden=(config.hidden,), dropout=0.0, batch_norm=False)
+
+
+def batches(config: Config, training: Any, seed: int) -> np.ndarray:
+  """Training images [K, B, ...], up to 32 minibatches: statistics of the merged model are estimated from these."""
+  size = min(config.batch_size, len(training["label"]))
+  count = min(32, len(training["label"]) // size)
+  rows = np.random.default_rng(seed).permutation(len(training["label"]))[: count * size]
+  return training["image"][rows.reshape(count, size)]
 
 
 def run(config: Config, name: str, folder: pathlib.Path) -> dict[str, np.ndarray]:
@@ -102,17 +147,20 @@ def run(config: Config, name: str, folder: pathlib.Path) -> dict[str, np.ndarray
   schedule, common = arms(config)[name]
   training, test, network = load(config)
   local = simulator.classifier(network, sm.optimizer(config.rate), label_smoothing=0.1)
+  large = config.dataset == "cifar100"  # activations of all test images, or of several clients, would fill a GPU
   learner = sm.learner(
-    local, schedule, steps_per_round=config.steps, batch_size=config.batch_size, common=common, at_once=16
-  )
+    local, schedule, steps_per_round=config.steps, batch_size=config.batch_size, common=common, model=network,
+    at_once=1 if large else 16, test_batch_size=500 if large else None,
+  )  # fmt: skip
   jitted = learner._replace(**{k: jax.jit(getattr(learner, k)) for k in ("init", "step", "evaluate")})
   curves = []
   for seed in range(config.seeds):
     data = sm.streams(training, config.clients, config.alpha, config.size, seed=seed)
     place = folder / name.replace(" ", "_").replace(",", "") / str(seed)
     train.fit(
-      jitted, data, steps=config.rounds, workdir=place, key=jax.random.key(seed), evaluate_on=[dict(test)],
-      evaluate_every=config.evaluate_every, log_every=1, save_every=config.rounds, progress=False, tensorboard=False,
+      jitted, data, steps=config.rounds, workdir=place, key=jax.random.key(seed),
+      evaluate_on={**test, "batches": batches(config, training, seed)}, evaluate_every=config.evaluate_every,
+      log_every=1, save_every=config.rounds, config=kept(config), progress=False, tensorboard=False,
     )  # fmt: skip
     curves.append(train.read_metrics(place))
   found = {k: np.stack([c[f"eval_{k}"][1] for c in curves], 1) for k in ("accuracy", "merged")}
@@ -150,7 +198,7 @@ def draw(config: Config, curves: dict[str, dict[str, np.ndarray]], folder: pathl
   axes[0, 1].legend(fontsize=7)
   windows = {name: (c["round"], 100 * c["accuracy"]) for name, c in curves.items() if "window" in name}
   train.figures.curves(
-    axes[0, 2], windows, xlabel="round", ylabel="clients' mean test accuracy (%)", title="Dense windows of equal budget"
+    axes[0, 2], windows, xlabel="round", ylabel="clients' mean test accuracy (%)", title="Dense windows of equal length"
   )
   train.figures.save(figure, folder / "figure.png")
 
@@ -158,12 +206,13 @@ def draw(config: Config, curves: dict[str, dict[str, np.ndarray]], folder: pathl
 def main(config: Config) -> None:
   """Trains what is not trained yet, then draws and reports."""
   memory.keep()
-  if config.preset == "paper":
-    config = dataclasses.replace(
-      config, dataset="cifar100", clients=32, rounds=300, steps=100, batch_size=128, size=4096, evaluate_every=10
-    )
   if config.seeds < 1 or config.rounds < 2 * config.evaluate_every:
     raise ValueError(f"rounds: got {config.rounds}, expected at least two evaluations and a seed")
+  if (config.rounds - 1) % config.evaluate_every:
+    before = config.rounds - 1
+    raise ValueError(
+      f"evaluate_every: got {config.evaluate_every}, expected a divisor of {before}, all but the last round"
+    )
   folder = (
     config.workdir / f"{config.dataset}-{config.clients}-{config.alpha}-{config.rounds}x{config.steps}-{config.seeds}"
   )
@@ -202,4 +251,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-  main(tyro.cli(Config, description=__doc__))
+  main(parse())

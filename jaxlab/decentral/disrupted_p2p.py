@@ -15,7 +15,8 @@ and B' have the same graph and the same data, and differ in what was learnt befo
     learner(simulator.classifier(network, optimizer), work)
 
 No official code is known. Settings without evidence in the abstract are ours: 50 peers, Barabasi-Albert with 2 edges a
-newcomer, equal weights by default, because a relay without data would pass on nothing under weights n_j.
+newcomer, equal weights by default, because a relay without data would pass on nothing under weights n_j; under these a
+neighbourhood without any data averages equally (a floor n_min of the weights is not provided).
 """
 
 from collections.abc import Sequence
@@ -47,7 +48,7 @@ class World(NamedTuple):
     clients: data of the N peers.
     adjacency: [N, N] symmetric, no self-loops.
     removed: [N] K.
-    time: t_d, the first round without them; rounds count from 0.
+    time: t_d, the first round without them; rounds count from 0, and at 0 they never were there.
   """
 
   clients: Clients
@@ -84,7 +85,7 @@ def learner(
 
   def step(state: Peers, world: World) -> tuple[Peers, Metrics]:
     data = world.clients
-    alive = ~jnp.asarray(world.removed) | (state.round < world.time)
+    alive = ~jnp.asarray(world.removed, bool) | (state.round < world.time)
     matrix = neighbourhood(world.adjacency, alive, data.count if weights == "data" else None)
     mixed = simulator.mix(matrix, state.clients)
     # The identity's rows would still round; who is gone stays exactly as it was.
@@ -107,7 +108,7 @@ def neighbourhood(
 ) -> Float[Array, "n n"]:
   """p_ij, the averaging matrix among the living: equal weights, or by `count` n_j."""
   weight = None if count is None else jnp.asarray(count, jnp.float32)
-  return gossip.restrict(jnp.asarray(adjacency), jnp.asarray(alive), weight)
+  return gossip.restrict(jnp.asarray(adjacency), jnp.asarray(alive, bool), weight)
 
 
 # ------------------------------------------------------------------------------------------------------- host: graphs

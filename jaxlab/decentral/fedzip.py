@@ -15,6 +15,8 @@ Differs from the official code: its "Huffman" size 2 c_1 + c_2 + c_3 is that of 
 bits and its differences have no delimiters, so nothing there could be decoded; `official_bits` reproduces those counts.
 Here each tensor takes the shortest of a canonical Huffman code, an address table and coded gaps, with a header of the
 method and the centroids. An outer cluster without members that are not zero keeps its centroid (there: an error).
+Only weights are compressed; running statistics are sent as they are. Not provided: the threshold by absolute value, the
+VGG16 variant, EMNIST by writer.
 """
 
 import math
@@ -68,14 +70,16 @@ def top(x: Float[Array, " n"], sparsity: float) -> Float[Array, " n"]:
   if keep == 0:
     return jnp.zeros_like(x)
   # Magnitudes are ordered like their bits, so the k-th largest is found bit by bit: the largest number that at least
-  # k magnitudes reach. That takes 31 passes, where sorting would take far longer.
-  pattern = jax.lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.int32)
+  # k magnitudes reach. That takes 31 passes (63 of float64), where sorting would take far longer.
+  single = x.dtype != jnp.float64
+  real, whole, places = (jnp.float32, jnp.int32, 31) if single else (jnp.float64, jnp.int64, 63)
+  pattern = jax.lax.bitcast_convert_type(jnp.abs(x.astype(real)), whole)
 
   def settle(i: Int[Array, ""], found: Int[Array, ""]) -> Int[Array, ""]:
-    candidate = found | (1 << (30 - i))
+    candidate = found | (jnp.ones((), whole) << (places - 1 - i).astype(whole))
     return jnp.where(jnp.sum(pattern >= candidate, dtype=jnp.int32) >= keep, candidate, found)
 
-  threshold = jax.lax.fori_loop(0, 31, settle, jnp.zeros((), jnp.int32))
+  threshold = jax.lax.fori_loop(0, places, settle, jnp.zeros((), whole))
   return jnp.where(pattern >= threshold, x, 0)
 
 
@@ -170,6 +174,8 @@ def restore(messages: list[Quantized], like: PyTree) -> PyTree:
 def bits(message: Quantized) -> dict[Method, Int[Array, ""]]:
   """Length of what `encode` writes for a tensor, in bits, by method: whole bytes with header; N below 2^26."""
   symbols, clusters = jnp.asarray(message.symbols), message.centroids.shape[0]
+  if symbols.size >= 2**26:  # sizes are summed in int32
+    raise ValueError(f"message: got {symbols.size} symbols, expected fewer than 2^26, {2**26}")
   n, counts = symbols.size, jnp.stack([jnp.sum(symbols == k, dtype=jnp.int32) for k in range(clusters)])
   width, places = (n).bit_length(), _width(n)
 
@@ -289,9 +295,11 @@ def decode(stream: bytes, n: int, clusters: int = 3) -> Quantized:
   """Host. What `encode` was given; the receiver knows the tensor's size N and K.
 
   Raises:
-    ValueError: a stream that is not one of `encode`, such as a shortened one.
+    ValueError: a stream that `encode` cannot have written for N symbols of K kinds, such as a shortened or longer one.
+      A wrong N or a changed bit is noticed only where the result is no such stream: there is no checksum.
   """
   checks.count("n", n)
+  checks.count("clusters", clusters, 2, 127)
   start = 1 + 4 * clusters
   if len(stream) < start or stream[0] >= len(METHODS):
     raise ValueError(f"stream: got {len(stream)} bytes, expected a header of {start} with a known method")
@@ -304,13 +312,17 @@ def decode(stream: bytes, n: int, clusters: int = 3) -> Quantized:
   body = np.unpackbits(np.frombuffer(stream[start + extra :], np.uint8))
   if method == "huffman":
     lengths = np.frombuffer(head, np.uint8).astype(np.int64)
-    end = 0
-    if lengths.max() == _ALONE:
+    end, used = 0, lengths[lengths > 0]
+    if used.tolist() == [_ALONE]:
       symbols[:] = lengths.argmax()
+    elif not used.size or (2.0**-used).sum() != 1:
+      raise ValueError(f"stream: got codes of lengths {lengths.tolist()}, expected those of a complete prefix code")
     else:
       end = _read_codes(body, symbols, lengths, _canonical(lengths))
   else:
     implicit, width = head[0], n.bit_length()
+    if implicit >= clusters or (method == "gap" and max(head[1:]) > _RICE):
+      raise ValueError(f"stream: got a header {list(head)}, expected a kind below {clusters} and known codes")
     others = [k for k in range(clusters) if k != implicit]
     symbols[:] = implicit
     end, counts = _read_fixed(body, 0, len(others), width)
@@ -323,8 +335,12 @@ def decode(stream: bytes, n: int, clusters: int = 3) -> Quantized:
       if end < 0 or (len(places) and places.max() >= n):
         break
       symbols[places] = k
-  if not 0 <= end <= len(body):
-    raise ValueError(f"stream: got {len(stream)} bytes, which end before {n} symbols")
+    if end >= 0 and (np.bincount(symbols, minlength=clusters)[others] != counts).any():
+      raise ValueError(
+        f"stream: got counts {counts.tolist()} with other places, expected as many places, all different"
+      )
+  if end < 0 or len(body) - end > 7 or body[end:].any():
+    raise ValueError(f"stream: got {len(stream)} bytes, expected {n} symbols and zeros up to the end of a byte")
   return Quantized(symbols, centroids)
 
 
@@ -457,7 +473,7 @@ def codec(
 
 def top_codec(share: float, *, feedback: bool = False) -> Codec:
   """A baseline: the largest entries of each tensor as floats with their positions, k (32 + ceil(log2 N)) bits."""
-  _check_sparsity(1 - share)
+  checks.real("share", share)
 
   def code(update: PyTree, key: Key[Array, ""]) -> tuple[PyTree, Array]:
     kept = jax.tree.map(lambda x: top(x.reshape(-1), 1 - share).reshape(x.shape), update)
@@ -468,8 +484,14 @@ def top_codec(share: float, *, feedback: bool = False) -> Codec:
 
 
 def random_codec(share: float, *, feedback: bool = False) -> Codec:
-  """A baseline: random entries as floats, scaled to keep the mean; a seed of 64 bits says which."""
-  _check_sparsity(1 - share)
+  """A baseline: random entries as floats, scaled to keep the mean; a seed of 64 bits says which.
+
+  Args:
+    share: of the entries of each tensor, above 0; at least one is sent, since no scale makes up for none.
+    feedback: see `Codec`.
+  """
+  if checks.real("share", share) == 0:
+    raise ValueError(f"share: got {share}, expected a number above 0")
 
   def code(update: PyTree, key: Key[Array, ""]) -> tuple[PyTree, Array]:
     leaves, structure = jax.tree.flatten(update)

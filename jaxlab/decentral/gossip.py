@@ -155,9 +155,13 @@ def mix(matrix: Float[Any, "m n"], models: PyTree) -> PyTree:
 
 
 def mean(models: PyTree, weight: Float[Any, " n"] | None = None) -> PyTree:
-  """The average model, leaves [...]. With weights: sum_i w_i model_i / sum_i w_i."""
+  """The average model, leaves [...]. With weights, not negative: sum_i w_i model_i / sum_i w_i, or 0 if all are 0."""
   count = jax.tree.leaves(models)[0].shape[0]
-  w = jnp.full(count, 1 / count, jnp.float32) if weight is None else weight / jnp.sum(weight)
+  if weight is None:
+    w = jnp.full(count, 1 / count, jnp.float32)
+  else:
+    total = jnp.sum(weight)
+    w = weight / jnp.where(total > 0, total, 1.0)
   return jax.tree.map(lambda leaf: leaf[0], mix(w[None, :], models))
 
 

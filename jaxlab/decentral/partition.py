@@ -141,9 +141,17 @@ def class_weights(num_clients: int, num_classes: int, alpha: float, *, seed: int
 
 
 def classes(labels: Int[np.ndarray, " e"]) -> Classes:
-  """Host. The table that `draw` draws from."""
+  """Host. The table that `draw` draws from.
+
+  Args:
+    labels: of the examples, 0 to C - 1, each class with some.
+  """
   groups = _by_class(_check_labels(labels))
   count = np.array([len(rows) for rows in groups], np.int32)
+  if not count.all():
+    raise ValueError(
+      f"labels: got none of {np.flatnonzero(count == 0).tolist()}, expected each of 0 to {len(count) - 1}"
+    )
   rows = np.zeros((len(groups), count.max()), np.int32)
   for row, group in zip(rows, groups, strict=True):
     row[: len(group)] = group
@@ -155,8 +163,8 @@ def draw(key: Key[Array, ""], weights: Float[Any, "n c"], table: Classes, size: 
 
   Args:
     key: random.
-    weights: [N, C] rows that sum to 1; classes without examples have weight 0.
-    table: the examples.
+    weights: [N, C] rows that sum to 1.
+    table: the examples, from `classes`.
     size: of each client's data set.
 
   Returns:

@@ -38,7 +38,8 @@ class Work(NamedTuple):
   Attributes:
     batch_size: examples in a minibatch; None for all of the client's.
     epochs: passes over the data; the last minibatch of each may be smaller.
-    steps: minibatches instead, from as many passes as that takes; None for whole epochs.
+    steps: minibatches instead, from as many passes as that takes; None for whole epochs. Without a batch size each is
+      one pass.
   """
 
   batch_size: int | None = None
@@ -116,7 +117,7 @@ def minibatches(
   draws = jax.random.uniform(key, (passes, capacity))
   # Each row: the real places in random order, then the others.
   order = jnp.argsort(jnp.where(jnp.arange(capacity) < count, draws, 2.0), axis=1).astype(jnp.int32)
-  if work.steps is not None:
+  if work.steps is not None and work.batch_size is not None:
     # One stream of passes, each as long as the client's data; small clients go through the same orders again.
     at = jnp.arange(work.steps * size)
     length = jnp.maximum(count, 1)
@@ -190,18 +191,27 @@ def chosen(data: Clients, ids: Int[Array, " s"]) -> Clients:
   return Clients(data.examples, jnp.asarray(data.index)[ids], jnp.asarray(data.count)[ids])
 
 
-def evaluate_clients(local: Learner, states: Models, test: Batch, *, at_once: int = 64) -> Metrics:
-  """Each client's metrics [N] on one common test set, so many clients at once."""
-  batch = _whole(test)
-  return jax.lax.map(lambda state: local.evaluate(state, batch), states, batch_size=at_once)
+def evaluate_clients(
+  local: Learner, states: Models, test: Batch, *, at_once: int = 64, batch_size: int | None = None
+) -> Metrics:
+  """Each client's metrics [N] on one common test set.
+
+  Args:
+    local: the learner of one client; its metrics are means over the examples that the mask leaves.
+    states: of N clients.
+    test: arrays [T, ...] by name.
+    at_once: so many clients in one computation.
+    batch_size: so many examples in one; None for all.
+  """
+  return jax.lax.map(lambda state: _evaluate(local, state, test, batch_size), states, batch_size=at_once)
 
 
-def evaluate_model(local: Learner, model: dict[str, PyTree], test: Batch) -> Metrics:
-  """Metrics of one model [...], such as the merged one."""
-  batch = _whole(test)
+def evaluate_model(local: Learner, model: dict[str, PyTree], test: Batch, *, batch_size: int | None = None) -> Metrics:
+  """Metrics of one model [...], such as the merged one; arguments as in `evaluate_clients`."""
   rest = dict(model)
-  state = jax.eval_shape(local.init, jax.random.key(0), batch)
-  return local.evaluate(dataclasses.replace(state, params=rest.pop("params"), collections=rest), batch)
+  state = jax.eval_shape(local.init, jax.random.key(0), _whole(test))
+  state = dataclasses.replace(state, params=rest.pop("params"), collections=rest)
+  return _evaluate(local, state, test, batch_size)
 
 
 def shard(mesh: Mesh, tree: PyTree, num_clients: int) -> PyTree:
@@ -240,7 +250,7 @@ class Federation:
     model: the server's variables.
     key: randomness of the run.
     megabits: sent by clients so far; counted where there is a codec, else the models' size.
-    residual: [N, ...] what each client's codec has left out, or None without feedback.
+    residual: {"params": [N, ...]}, what each client's codec has left out, or None without feedback.
   """
 
   round: Int[Array, ""]
@@ -254,7 +264,8 @@ class Codec(NamedTuple):
   """Lossy compression of a client's update.
 
   Attributes:
-    code: (update, key) -> (what the server decodes, its size in bits); a pure function of one client's pytree.
+    code: (update, key) -> (what the server decodes, its size in bits); a pure function of one client's pytree, which is
+      {"params": ...}. Other collections, such as running statistics, are sent as they are.
     feedback: whether each client adds what was lost to its next update (off in most published codecs).
   """
 
@@ -297,7 +308,9 @@ def federated(
     codec: applied to each client's update.
 
   Returns:
-    A learner on `Clients`; `evaluate` takes a test set. Metrics of a round: `loss`, `megabits` (of all rounds).
+    A learner on `Clients`; `evaluate` takes a test set. Metrics of a round: `loss`, `megabits` (of all rounds), and
+    `error`, what the codec lost of the round's updates: |lost| / |update| over all clients and weights. A round in
+    which no one has data leaves the model as it is, with loss 0.
   """
   if not 0 < server_rate < jnp.inf:
     raise ValueError(f"server_rate: got {server_rate}, expected a finite number above 0")
@@ -307,7 +320,8 @@ def federated(
     model = variables(local.init(first, example(data)))
     residual = None
     if codec is not None and codec.feedback:
-      residual = jax.tree.map(lambda leaf: jnp.zeros((data.num_clients, *leaf.shape), leaf.dtype), model)
+      zeros = lambda leaf: jnp.zeros((data.num_clients, *leaf.shape), leaf.dtype)
+      residual = jax.tree.map(zeros, {"params": model["params"]})
     return Federation(jnp.zeros((), jnp.int32), model, second, jnp.zeros(()), residual)
 
   def step(state: Federation, data: Clients) -> tuple[Federation, Metrics]:
@@ -319,21 +333,26 @@ def federated(
     states = jax.vmap(local.init, (0, None))(keys, example(data))
     states, metrics = train_clients(local, give(states, state.model), mine, keys, work)
     update = jax.tree.map(lambda new, old: new - old[None], states.variables, state.model)
-    residual, megabits = state.residual, jnp.float32(len(ids) * 8e-6 * model_bytes(state.model))
+    residual, error = state.residual, jnp.zeros(())
+    megabits = jnp.float32(len(ids) * 8e-6 * model_bytes(state.model))
     if codec is not None:
+      weights = {"params": update["params"]}
       if residual is not None:
-        update = jax.tree.map(lambda u, r: u + r[ids], update, residual)
-      decoded, bits = jax.vmap(codec.code)(update, client_keys(codes, state.round, ids))
-      megabits = jnp.sum(bits.astype(jnp.float32)) * 1e-6
+        weights = jax.tree.map(lambda u, r: u + r[ids], weights, residual)
+      decoded, bits = jax.vmap(codec.code)(weights, client_keys(codes, state.round, ids))
+      whole = len(ids) * (model_bytes(state.model) - model_bytes(state.model["params"]))
+      megabits = (jnp.sum(bits.astype(jnp.float32)) + 8 * whole) * 1e-6
+      lost = jax.tree.map(jnp.subtract, weights, decoded)
+      error = optax.global_norm(lost) / jnp.maximum(optax.global_norm(weights), jnp.finfo(jnp.float32).tiny)
       if residual is not None:
-        lost = jax.tree.map(jnp.subtract, update, decoded)
         residual = jax.tree.map(lambda r, x: r.at[ids].set(x), residual, lost)
-      update = decoded
+      update = {**update, **decoded}
     weight = mine.count.astype(jnp.float32) if by_size else jnp.ones(len(ids))
     model = jax.tree.map(lambda old, u: old + server_rate * u, state.model, gossip.mean(update, weight))
     loss = jnp.sum(metrics["loss"] * mine.count) / jnp.maximum(jnp.sum(mine.count), 1)
     sent = state.megabits + megabits
-    return Federation(state.round + 1, model, state.key, sent, residual), {"loss": loss, "megabits": sent}
+    metrics = {"loss": loss, "megabits": sent, "error": error}
+    return Federation(state.round + 1, model, state.key, sent, residual), metrics
 
   def evaluate(state: Federation, test: Batch) -> Metrics:
     return evaluate_model(local, state.model, test)
@@ -409,6 +428,23 @@ def gossiping(
 def example(data: Clients) -> Batch:
   """A minibatch of one example, for shapes."""
   return {name: jnp.asarray(array)[:1] for name, array in data.examples.items()} | {"mask": jnp.ones(1, bool)}
+
+
+def _evaluate(local: Learner, state: TrainState, test: Batch, batch_size: int | None) -> Metrics:
+  """Metrics on a test set, example by example means, in minibatches of which the last is padded."""
+  batch = _whole(test)
+  if batch_size is None:
+    return local.evaluate(state, batch)
+  size = min(checks.count("batch_size", batch_size), len(batch["mask"]))
+  pad = -len(batch["mask"]) % size
+
+  def split(x: Array) -> Array:
+    return jnp.pad(x, ((0, pad), *((0, 0),) * (x.ndim - 1))).reshape(-1, size, *x.shape[1:])
+
+  parts = jax.tree.map(lambda x: split(jnp.asarray(x)), batch)
+  metrics = jax.lax.map(lambda part: local.evaluate(state, part), parts)
+  weight = jnp.sum(parts["mask"], axis=1, dtype=jnp.float32)
+  return {name: jnp.average(value, weights=weight) for name, value in metrics.items()}
 
 
 def _whole(test: Batch) -> dict[str, Any]:

@@ -12,7 +12,9 @@ statistics of BatchNorm estimated anew. `single_merge` is the schedule of the ti
 which all hear all. `budget` says what a schedule sends.
 
 Differs from the official code: random rows are drawn by `jax.random`, from the same distribution; minibatches of one
-round form one stream of reshuffled passes, so that none is smaller than the batch size.
+round form one stream of reshuffled passes, so that none is smaller than the batch size. Not provided: topologies that
+change during a run, validation sets of each client, image augmentation, its transformers, rounds of gossip without
+training after the merge.
 """
 
 import dataclasses
@@ -81,8 +83,9 @@ class Schedule:
 
 def single_merge(clients: int, max_steps: int, steps_per_round: int, *, peers: float = 0.2) -> Schedule:
   """Sparse gossip, and all hear all in the last round only. In the paper 32 clients, 30,000 steps, 100 a round."""
-  if not 0 < steps_per_round <= max_steps:
-    raise ValueError(f"steps_per_round: got {steps_per_round}, expected 1 to {max_steps}, those of the run")
+  if steps_per_round < 1 or max_steps % steps_per_round:
+    # Otherwise the run would end between two averages, before the dense one.
+    raise ValueError(f"steps_per_round: got {steps_per_round}, expected a divisor of {max_steps}, the steps of the run")
   return Schedule("truncate", peers, clients - 1, max_steps, point=1 - 0.5 * steps_per_round / max_steps)
 
 
@@ -113,7 +116,7 @@ def streams(
   """Host. Clients whose classes have Dirichlet(alpha) weights.
 
   Args:
-    examples: `image` and `label` [E].
+    examples: `image` and `label` [E], some of each class.
     num_clients: N.
     alpha: concentration; 0.1 in the paper.
     size: examples of a client's set.
@@ -151,7 +154,9 @@ def learner(
   batch_size: int = 128,
   topology: Topology = "complete",
   common: bool = True,
+  model: nn.Module | None = None,
   at_once: int = 64,
+  test_batch_size: int | None = None,
 ) -> Learner:
   """The algorithm: local steps on a fresh draw of each stream, then random gossip.
 
@@ -163,12 +168,15 @@ def learner(
     batch_size: of a step.
     topology: whom a client may hear; `peers` of them are drawn in each round, or all if it has no more.
     common: whether all start from the same weights.
+    model: the network of `local`, to estimate the merged model's statistics anew, see `merged`; None to average those
+      of the clients.
     at_once: clients evaluated at once.
+    test_batch_size: test examples evaluated at once; None for all.
 
   Returns:
     A learner on `Streams`. Metrics of a round: `loss`, `sent` (models so far), `consensus`; of `evaluate` on a test
-    set: `accuracy` (mean over clients), `worst`, `merged` and `gap`. A model with BatchNorm is merged with the mean of
-    the statistics there; see `merged`.
+    set {"image", "label"}: `accuracy` (mean over clients), `worst`, `merged` and `gap`. With `model` the test set also
+    has `batches` [K, B, ...], the training images that `merged` takes.
   """
   if topology not in gossip.TOPOLOGIES:
     raise ValueError(f"topology: got {topology!r}, expected one of {sorted(gossip.TOPOLOGIES)}")
@@ -193,8 +201,14 @@ def learner(
     return Peers(state.round + 1, clients, state.key, sent), metrics
 
   def evaluate(state: Peers, test: Batch) -> Metrics:
-    own = simulator.evaluate_clients(local, state.clients, test, at_once=at_once)["accuracy"]
-    one = simulator.evaluate_model(local, gossip.mean(state.clients.variables), test)["accuracy"]
+    test = dict(test)
+    if ("batches" in test) != (model is not None):
+      raise ValueError(f"batches: got {sorted(test)} to evaluate on, expected batches with a model, and only then")
+    mean = gossip.mean(state.clients.variables) if model is None else merged(model, state, test.pop("batches"))
+    own = simulator.evaluate_clients(local, state.clients, test, at_once=at_once, batch_size=test_batch_size)[
+      "accuracy"
+    ]
+    one = simulator.evaluate_model(local, mean, test, batch_size=test_batch_size)["accuracy"]
     return {"accuracy": jnp.mean(own), "worst": jnp.min(own), "merged": one, "gap": one - jnp.mean(own)}
 
   return Learner(init, step, evaluate)

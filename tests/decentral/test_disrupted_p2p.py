@@ -56,6 +56,14 @@ def test_the_removed_never_influence_survivors_and_stay_as_they_were():
   chex.assert_trees_all_equal(of(other, [0, 2, 3]), of(after, [0, 2, 3]))
 
 
+def test_the_removed_may_be_given_as_numbers():
+  given = world([1], time=0)
+  found, numbers = run(given, 2), run(given._replace(removed=given.removed.astype("int32")), 2)
+  chex.assert_trees_all_equal(numbers.clients.params, found.clients.params)
+  alive = np.array([1, 0, 1, 1])
+  np.testing.assert_array_equal(dp.neighbourhood(PATH, alive), dp.neighbourhood(PATH, alive == 1))
+
+
 def test_an_isolated_survivor_trains_alone():
   before = run(world(), 2)
   after = run(world([1], time=2), 3, before)  # 0 has lost its only neighbour

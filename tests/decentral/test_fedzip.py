@@ -126,6 +126,30 @@ def test_broken_streams_are_refused():
         fedzip.decode(stream[:cut], 1000)
 
 
+def test_streams_that_nobody_wrote_are_refused():
+  _, message = fixture()
+  streams = {method: fedzip.encode(message, method) for method in fedzip.METHODS}
+  changed = lambda stream, at, byte: stream[:at] + bytes([byte]) + stream[at + 1 :]
+  alone = fedzip.encode(fedzip.Quantized(np.zeros(1000, "int8"), message.centroids), "huffman")
+  cases = [(stream + b"\0", 1000) for stream in (*streams.values(), alone)]
+  cases += [(stream, n) for stream in streams.values() for n in (500, 2000)]
+  cases += [(changed(streams[method], 13, 3), 1000) for method in ("address", "gap")]  # the implicit kind
+  cases += [
+    (changed(streams["gap"], 14, 25), 1000),
+    (changed(streams["huffman"], 13, 9), 1000),
+    (changed(alone, 14, 255), 1000),
+  ]
+  for stream, n in cases:
+    with pytest.raises(ValueError, match="^stream: got"):
+      fedzip.decode(stream, n)
+  # Two symbols of one kind at the same place.
+  twice = fedzip.encode(fedzip.Quantized(np.array([0, 0, 1, 1, 1], "int8"), message.centroids), "address")
+  bits = np.unpackbits(np.frombuffer(twice[14:], np.uint8))
+  bits[9:12] = bits[6:9]
+  with pytest.raises(ValueError, match="^stream: got counts"):
+    fedzip.decode(twice[:14] + np.packbits(bits).tobytes(), 5)
+
+
 # ------------------------------------------------------------------------------------------------------------- pruning
 
 
@@ -137,6 +161,12 @@ def test_top_keeps_exactly_the_largest(seed, sparsity):
   expected = np.zeros(41, bool)
   expected[np.argsort(-np.abs(x))[:number]] = True
   np.testing.assert_array_equal(kept, np.where(expected, x, 0))
+
+
+def test_doubles_are_compared_as_doubles():
+  with jax.enable_x64(True):
+    x = 1 + np.arange(8) * 1e-12
+    np.testing.assert_array_equal(np.asarray(fedzip.top(jnp.asarray(x), 0.5)) != 0, [False] * 4 + [True] * 4)
 
 
 def test_ties_at_the_threshold_all_stay():
@@ -217,6 +247,7 @@ def test_a_round_averages_what_the_streams_hold():
   expected = jax.tree.map(lambda w, t: w + 0.5 * t, state.model, total)
   chex.assert_trees_all_close(after.model, expected, atol=1e-5)
   np.testing.assert_allclose(metrics["megabits"], sent * 1e-6, rtol=1e-5)
+  assert 0.1 < metrics["error"] < 1
 
 
 def test_biases_are_not_pruned():

@@ -145,6 +145,47 @@ def test_a_joining_node_is_known_soon_and_then_sampled_and_one_that_left_is_not(
   assert not any(3 in trained for trained in trace.trained[40:]) and len(trace.averaged) == 60
 
 
+def test_late_models_count_when_too_few_came_in_time():
+  nodes = [modest.node_id(i) for i in range(20)]
+  sample, following = (numbers(modest.order(nodes, k))[:3] for k in (6, 7))
+  slow, lost = [i for i in sample if i != following[0]][:2]
+  latency = np.full((20, 20), 0.05)
+  latency[slow, following[0]] = 40.0
+  protocol = modest.Protocol(3, 1, timeout=10.0, least=2, ping_timeout=100.0)
+  trace = modest.simulate(protocol, 20, 8, latency=latency, events=[modest.Event(6, "crash", lost)])
+  assert len(trace.averaged) == 8 and slow in trace.averaged[5][following[0]] and lost not in trace.trained[5]
+
+
+def test_nodes_join_again():
+  # Views differ for a while after a join, so some models go to other aggregators.
+  protocol, event = modest.Protocol(5, 2, success_fraction=0.6), modest.Event
+  for events in (
+    [event(3, "leave", 2), event(6, "join", 2)],
+    [event(3, "crash", 2), event(6, "join", 2)],
+    [event(3, "join", 2), event(12, "leave", 2), event(30, "join", 2)],
+  ):
+    trace = modest.simulate(protocol, 12, 80, events=events)
+    assert len(trace.averaged) == 80
+    there = [k for k in range(1, 81) if 2 in trace.trained[k - 1]]
+    assert [k for k in there if k > 40], events
+    back = events[-1].round
+    gone = max((e.round for e in events if e.happening != "join"), default=0)
+    assert not [k for k in there if gone + 15 < k < back]
+    assert trace.known[2][-1] == 1 and trace.known[2][0] < 1
+
+
+def test_events_happen_in_an_order_that_is_possible():
+  event = modest.Event
+  for events in (
+    [event(3, "join", 2), event(5, "join", 2)],
+    [event(3, "leave", 2), event(4, "crash", 2)],
+    [event(2, "crash", 2), event(2, "leave", 2)],
+    [event(2, "leave", 2), event(3, "join", 2), event(4, "join", 2)],
+  ):
+    with pytest.raises(ValueError, match="^events: got Event.*expected joins of absent"):
+      modest.simulate(modest.Protocol(2, 1), 6, 3, events=events)
+
+
 # -------------------------------------------------------------------------------------------------------- the learner
 
 DATA = tiny.clients((3,) * 8)

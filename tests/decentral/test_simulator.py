@@ -1,6 +1,7 @@
 """Clients, partitions and gossip against plain NumPy; FedAvg and decentralised SGD in their degenerate cases."""
 
 import chex
+import flax.linen as nn
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -147,6 +148,13 @@ def test_a_number_of_steps_runs_through_passes():
   np.testing.assert_array_equal(np.sort(np.asarray(place).reshape(-1, 2), axis=1), [[0, 1]] * 6)
 
 
+def test_steps_without_a_batch_size_are_passes_over_what_is_real():
+  place, real = simulator.minibatches(jax.random.key(0), jnp.asarray(4), 6, simulator.Work(steps=3))
+  assert place.shape == (3, 6)
+  for part, mask in zip(np.asarray(place), np.asarray(real), strict=True):
+    np.testing.assert_array_equal(np.sort(part[mask]), np.arange(4))
+
+
 def test_clients_train_as_if_alone_and_the_idle_do_not_change():
   data = tiny.clients((6, 0, 5, 2))
   states = jax.jit(lambda key: simulator.start(tiny.MOMENTUM, key, data, common=False))(jax.random.key(0))
@@ -222,6 +230,39 @@ def test_merged_trajectory_of_quadratics_is_central_for_any_topology():
     assert gossip.consensus(state.clients.params) > 1e-3
 
 
+def test_a_round_without_data_keeps_the_model():
+  data = tiny.clients((0, 0, 6, 6), capacity=6)
+  learner = simulator.federated(tiny.SGD, FULL, choose=lambda key, round, n: jnp.arange(2))
+  state = jax.jit(learner.init)(jax.random.key(0), data)
+  after, metrics = jax.jit(learner.step)(state, data)
+  chex.assert_trees_all_equal(after.model, state.model)
+  assert metrics["loss"] == 0
+
+
+def test_codecs_see_weights_and_other_collections_are_sent_whole():
+  class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train=False):
+      return nn.Dense(tiny.CLASSES)(nn.BatchNorm(not train)(x))
+
+  def nothing(update, key):
+    assert list(update) == ["params"]
+    return jax.tree.map(jnp.zeros_like, update), jnp.float32(8)
+
+  local, data = simulator.classifier(Normed(), tiny.optax.sgd(tiny.RATE)), tiny.clients()
+  plain = simulator.federated(local, FULL)
+  state, history = tiny.run(plain, data, 1)
+  start = jax.jit(plain.init)(jax.random.key(0), data).model
+  coded, counted = tiny.run(simulator.federated(local, FULL, codec=simulator.Codec(nothing, feedback=True)), data, 1)
+  chex.assert_trees_all_equal(coded.model["params"], start["params"])
+  chex.assert_trees_all_close(coded.model["batch_stats"], state.model["batch_stats"], rtol=1e-6)
+  assert (
+    np.abs(start["batch_stats"]["BatchNorm_0"]["mean"] - state.model["batch_stats"]["BatchNorm_0"]["mean"]).max() > 0
+  )
+  np.testing.assert_allclose(counted[0]["megabits"], 4 * (8 + 32 * 2 * tiny.FEATURES) * 1e-6, rtol=1e-6)
+  assert counted[0]["error"] == 1 and history[0]["error"] == 0
+
+
 def test_chosen_clients_alone_matter_and_optimizers_start_afresh():
   data = tiny.clients()
   learner = simulator.federated(tiny.MOMENTUM, FULL, choose=simulator.some_clients(2))
@@ -254,6 +295,9 @@ def test_evaluation_is_per_client_and_of_the_merged_model():
   np.testing.assert_allclose(own, [(np.argmax(x, 1) == tiny.TEST["label"]).mean() for x in logits], atol=1e-6)
   metrics = jax.jit(learner.evaluate)(state, tiny.TEST)
   np.testing.assert_allclose(metrics["accuracy"], own.mean(), rtol=1e-6)
+  in_parts = jax.jit(lambda s: simulator.evaluate_clients(tiny.SGD, s, tiny.TEST, at_once=1, batch_size=7))
+  whole = jax.jit(lambda s: simulator.evaluate_clients(tiny.SGD, s, tiny.TEST))
+  chex.assert_trees_all_close(in_parts(state.clients), whole(state.clients), rtol=1e-5)
   mean = {"params": jax.tree.map(lambda x: np.mean(x, axis=0), state.clients.params)}
   merged = np.argmax(tiny.Net().apply(mean, tiny.TEST["image"]), 1)
   np.testing.assert_allclose(metrics["merged"], (merged == tiny.TEST["label"]).mean(), atol=1e-6)
@@ -285,6 +329,7 @@ def test_bad_arguments_are_named():
     (lambda: partition.iid(np.ones(4), 2, seed=0), "labels"),
     (lambda: partition.iid(np.ones(4, int), 2, holders=np.zeros(2, bool), seed=0), "holders"),
     (lambda: partition.class_weights(3, 2, 0.0, seed=0), "alpha"),
+    (lambda: partition.classes(np.array([0, 0, 2])), "labels"),
     (lambda: partition.draw(jax.random.key(0), np.ones((2, 3)) / 3, partition.classes(np.arange(2)), 4), "weights"),
     (lambda: gossip.uniform(np.ones((2, 3))), "hears"),
     (lambda: gossip.mix(np.ones((2, 3)), {"n": jnp.arange(3)}), "matrix"),

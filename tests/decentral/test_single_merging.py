@@ -177,6 +177,29 @@ def test_gradients_are_clipped_by_entry():
   np.testing.assert_allclose(updates["w"], [-0.1 * (1 + 1), -0.1 * (-0.2 + 1)], rtol=1e-6)
 
 
+def test_evaluation_takes_statistics_of_the_merged_model_from_training_images():
+  rng = np.random.default_rng(0)
+  model = sm.MLP(3, hidden=(5,))
+  local = simulator.classifier(model, sm.optimizer(0.1))
+  data = sm.streams(tiny.examples(60), 4, 0.3, 12, seed=0)
+  options = {"steps_per_round": 3, "batch_size": 12}
+  learner = sm.learner(local, sm.Schedule(), model=model, test_batch_size=7, **options)
+  state, _ = tiny.run(learner, data, 2)
+  batches = rng.standard_normal((2, 9, 4)).astype("float32") * 4 + 3
+  found = jax.jit(learner.evaluate)(state, {**tiny.TEST, "batches": batches})
+  accuracy = lambda v: (np.argmax(model.apply(v, tiny.TEST["image"]), 1) == tiny.TEST["label"]).mean()
+  fresh, stale = accuracy(sm.merged(model, state, batches)), accuracy(sm.merged(model, state))
+  assert fresh != stale
+  np.testing.assert_allclose(found["merged"], fresh, atol=1e-6)
+  plain = sm.learner(local, sm.Schedule(), **options)
+  other = jax.jit(plain.evaluate)(state, tiny.TEST)
+  np.testing.assert_allclose(other["merged"], stale, atol=1e-6)
+  np.testing.assert_allclose(other["worst"], found["worst"], atol=1e-6)
+  for made, test in ((learner, tiny.TEST), (plain, {**tiny.TEST, "batches": batches})):
+    with pytest.raises(ValueError, match="^batches: got"):
+      made.evaluate(state, test)
+
+
 def test_merging_needs_statistics_of_the_merged_model():
   """Item 8: with those of clients far apart, or of none, the merged model is much worse than with its own."""
 

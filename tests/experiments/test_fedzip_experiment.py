@@ -17,6 +17,9 @@ def test_reports_draws_and_does_not_train_twice(tmp_path, monkeypatch, capsys):
   metrics = json.loads((folder / "result.json").read_text())["metrics"]
   assert metrics["FedZip, z = 80 %: ratio of true bytes"]["mean"] > 5
   assert metrics["final model as one message, z = 80 %: ratio of bytes written and read back"]["mean"] > 5
+  assert metrics["final model as one message, z = 80 %: ratio by the published accounting"]["mean"] > 15
+  assert 0 < metrics["final model as one message, z = 80 %: error"]["mean"] < 1
+  assert 0.1 < metrics["FedZip, z = 80 %: error of an update"]["mean"] < 1
   lost = metrics["FedAvg: final accuracy (%)"]["mean"] - metrics["FedZip, z = 80 %: final accuracy (%)"]["mean"]
   assert metrics["FedZip, z = 80 %: loss of accuracy (points)"]["mean"] == pytest.approx(lost)
   assert (folder / "figure.png").stat().st_size > 10_000

@@ -36,6 +36,13 @@ def test_a_target_is_reached_by_the_mean_of_three_rounds():
   assert np.isnan(experiment.reached(accuracy, cost, 0.9))
 
 
+def test_a_share_that_is_never_reached_has_no_rounds():
+  many, never = experiment.joining(experiment.Config(nodes=200, sample=4), (0.9, 1.1), 0)
+  assert 100 < many < 250 and np.isnan(never)
+
+
 def test_bad_settings_are_named(tmp_path):
+  with pytest.raises(ValueError, match="^nodes: got 20"):
+    experiment.crash(experiment.Config(nodes=20), 0)
   with pytest.raises(ValueError, match="^crash_at: got 9"):
     experiment.main(experiment.Config(crash_at=9, rounds=9, workdir=tmp_path))

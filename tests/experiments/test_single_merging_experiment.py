@@ -39,6 +39,30 @@ def test_arms_have_the_budgets_they_are_compared_at():
   assert cost("local + merge") == pytest.approx(16 * 15)
 
 
+@pytest.mark.parametrize("changes", [{}, {"rounds": 52}, {"window": 0.0}, {"clients": 32, "rounds": 300, "steps": 100}])
+def test_windows_have_equally_many_rounds(changes):
+  config = experiment.Config(**changes)
+  made, ends = experiment.arms(config), config.steps * experiment.np.arange(1, config.rounds + 1)
+  length, starts = max(1, round(config.window * config.rounds)), []
+  for name in ("early", "middle", "late"):
+    dense = experiment.np.flatnonzero(made[f"{name} window"][0](ends) == config.clients - 1)
+    assert len(dense) == length == dense[-1] - dense[0] + 1
+    starts.append(dense[0])
+  assert starts == [int(point * config.rounds) for point in (0.1, 0.5, 0.9)]
+
+
+def test_statistics_come_from_minibatches_of_training_images():
+  training = {"image": experiment.np.arange(100.0).reshape(50, 2), "label": experiment.np.zeros(50, int)}
+  found = experiment.batches(experiment.Config(batch_size=16), training, 0)
+  assert found.shape == (3, 16, 2) and len({tuple(row) for row in found.reshape(-1, 2)}) == 48
+  assert experiment.batches(experiment.Config(batch_size=99), training, 0).shape == (1, 50, 2)
+  assert experiment.batches(experiment.Config(batch_size=1), training, 0).shape == (32, 1, 2)
+
+
 def test_bad_settings_are_named(tmp_path):
   with pytest.raises(ValueError, match="^rounds: got 3"):
     experiment.main(experiment.Config(rounds=3, workdir=tmp_path))
+  with pytest.raises(ValueError, match="^evaluate_every: got 5, expected a divisor of 11"):
+    experiment.main(experiment.Config(rounds=12, workdir=tmp_path))
+  with pytest.raises(ValueError, match="^window: got 0.2"):
+    experiment.arms(experiment.Config(window=0.2))

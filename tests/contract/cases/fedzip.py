@@ -74,6 +74,12 @@ CASE = Case(
     "a tensor of no size": (lambda: fedzip.decode(fedzip.encode(MESSAGE), 0), "n"),
     "messages of other tensors": (lambda: fedzip.restore([MESSAGE], params()), "messages"),
     "four kinds in the official accounting": (lambda: fedzip.official_bits(np.arange(4)), "symbols"),
+    "a stream of one kind": (lambda: fedzip.decode(b"0" * 20, 4, 1), "clusters"),
+    "too many symbols to count": (
+      lambda: jax.eval_shape(fedzip.bits, MESSAGE._replace(symbols=jax.ShapeDtypeStruct((2**26,), "int8"))), "message",
+    ),
+    "more than all of the largest": (lambda: fedzip.top_codec(1.5), "share"),
+    "none at random": (lambda: fedzip.random_codec(0.0), "share"),
     "no bits": (lambda: fedzip.uniform_codec(0), "width"),
     "server rate of zero": (run_learner(server_rate=0.0), "server_rate"),
     "more clients than there are": (run_learner(choose=simulator.some_clients(3)), "count"),

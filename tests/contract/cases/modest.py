@@ -71,6 +71,13 @@ CASE = Case(
     "success fraction of zero": (lambda: modest.Protocol(2, success_fraction=0.0), "success_fraction"),
     "negative time to train": (lambda: modest.Protocol(2, train_time=-1.0), "train_time"),
     "no time to wait": (lambda: modest.Protocol(2, timeout=0.0), "timeout"),
+    "more models than a sample has": (lambda: modest.Protocol(2, timeout=1.0, least=3), "least"),
+    "a join of a node that is there": (
+      run_simulation(events=[modest.Event(1, "leave", 0), *[modest.Event(2, "join", 0)] * 2]), "events",
+    ),
+    "ratings of unknown users": (
+      lambda: modest.Factorization(3, 2, 1).init(jax.random.key(0), jnp.array([[3, 0]])), "pairs",
+    ),
     "fewer nodes than a sample": (run_simulation(modest.Protocol(5)), "nodes"),
     "no rounds": (run_simulation(rounds=0), "rounds"),
     "latencies of other nodes": (run_simulation(latency=np.ones((3, 3))), "latency"),

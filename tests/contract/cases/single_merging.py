@@ -69,6 +69,8 @@ CASE = Case(
     "endless peers": (lambda: sm.Schedule(end=np.inf), "end"),
     "no steps": (lambda: sm.Schedule(max_steps=0), "max_steps"),
     "rounds longer than the run": (lambda: sm.single_merge(4, 10, 11), "steps_per_round"),
+    "a run that ends between rounds": (lambda: sm.single_merge(4, 109, 10), "steps_per_round"),
+    "a class without examples": (streams(examples=EXAMPLES | {"label": np.arange(20) % 2 * 2}), "labels"),
     "no clients": (streams(num_clients=0), "num_clients"),
     "alpha of zero": (streams(alpha=0.0), "alpha"),
     "sets larger than the data": (streams(size=21, resample=False), "size"),
