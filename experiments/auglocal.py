@@ -14,7 +14,7 @@ sight should make early units the better ones to read, and late units the worse.
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -22,13 +22,12 @@ import numpy as np
 import sklearn.linear_model
 import sklearn.pipeline
 import sklearn.preprocessing
-import tyro
 
 from jaxlab import memory, train
 from jaxlab.data import images
 from jaxlab.learning import auglocal, comparison
 from jaxlab.models.backbones import cifar
-from jaxlab.train import figures
+from jaxlab.train import command, figures
 from jaxlab.train.result import finished_result, print_metrics, settings
 
 
@@ -60,15 +59,10 @@ PRESETS = {
     warmup=10,
   ),
 }
+parse = command.parser(PRESETS, __doc__)
 # Test error (%) on all of CIFAR-10, by layers.
 PUBLISHED = {110: {"backpropagation": 5.39, "d = 6": 6.04}}
 SOURCE = "Ma et al. 2024"
-
-
-def parse(args: Sequence[str] | None = None) -> Config:
-  """The config of a command; the preset gives the defaults."""
-  name = tyro.cli(Config, args=args, description=__doc__).preset
-  return tyro.cli(Config, args=args, default=PRESETS[name], description=__doc__)
 
 
 def networks(config: Config) -> dict[str, auglocal.AugLocal]:

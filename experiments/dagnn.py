@@ -28,13 +28,13 @@ import numpy as np
 import rich
 import rich.table
 import scipy.sparse
-import tyro
 
 from jaxlab import data, memory, train
 from jaxlab.data import digits, networks, planetoid, synthetic
 from jaxlab.graph import evaluation, node_classification
 from jaxlab.graph.nets import dagnn
 from jaxlab.graph.node_classification import GCN
+from jaxlab.train import command
 from jaxlab.train.result import finished_result, settings
 
 
@@ -61,12 +61,7 @@ class Config:
 
 
 PRESETS = {"demo": Config(), "paper": Config("cora", seeds=100, hops=(), preset="paper")}
-
-
-def parse(args: Sequence[str] | None = None) -> Config:
-  """The config of a command; the preset gives the defaults."""
-  name = tyro.cli(Config, args=args, description=__doc__).preset
-  return tyro.cli(Config, args=args, default=PRESETS[name], description=__doc__)
+parse = command.parser(PRESETS, __doc__)
 
 
 class Method(NamedTuple):

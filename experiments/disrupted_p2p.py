@@ -18,7 +18,6 @@ data, rounds until accuracy recovers. `jaxlab.decentral.disrupted_p2p` has the f
 import dataclasses
 import pathlib
 import time
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -27,12 +26,12 @@ import optax
 import rich
 import rich.table
 import scipy.stats
-import tyro
 
 from jaxlab import checks, memory, train
 from jaxlab.data import digits, mnist5k
 from jaxlab.decentral import disrupted_p2p as dp
 from jaxlab.decentral import partition, simulator
+from jaxlab.train import command
 from jaxlab.train.result import finished_result, print_metrics, settings
 
 
@@ -75,6 +74,7 @@ PRESETS = {
   "demo": Config(),
   "paper": Config(preset="paper", dataset="mnist_5k", hidden=(512, 256, 128), graphs=10, rounds=100),
 }
+parse = command.parser(PRESETS, __doc__)
 # Name of an arm -> (scenario, who vanishes, when).
 ARMS: dict[str, tuple[dp.Scenario, str, str]] = {
   "undisturbed": ("A", "degree", "never"),
@@ -86,12 +86,6 @@ ARMS: dict[str, tuple[dp.Scenario, str, str]] = {
   "A, hubs, late": ("A", "degree", "late"),
   "local only": ("A", "degree", "local"),
 }
-
-
-def parse(args: Sequence[str] | None = None) -> Config:
-  """The config of a command; the preset gives the defaults."""
-  name = tyro.cli(Config, args=args, description=__doc__).preset
-  return tyro.cli(Config, args=args, default=PRESETS[name], description=__doc__)
 
 
 def kept(config: Config) -> dict[str, Any]:

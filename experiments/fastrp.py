@@ -17,7 +17,7 @@ and node2vec, which the claimed speed-up refers to.
 import dataclasses
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -25,13 +25,13 @@ import numpy as np
 import rich
 import rich.table
 import scipy.sparse
-import tyro
 from jaxtyping import Array, Bool, Float
 
 from jaxlab import memory, train
 from jaxlab.data import digits, networks, synthetic
 from jaxlab.graph import evaluation, sparse
 from jaxlab.graph.embedding import fastrp
+from jaxlab.train import command
 from jaxlab.train.result import finished_result, print_metrics, settings
 
 
@@ -58,12 +58,7 @@ class Config:
 
 
 PRESETS = {"demo": Config(), "paper": Config("blogcatalog", preset="paper")}
-
-
-def parse(args: Sequence[str] | None = None) -> Config:
-  """The config of a command; the preset gives the defaults."""
-  name = tyro.cli(Config, args=args, description=__doc__).preset
-  return tyro.cli(Config, args=args, default=PRESETS[name], description=__doc__)
+parse = command.parser(PRESETS, __doc__)
 
 
 class Method(NamedTuple):

@@ -18,7 +18,6 @@ FedSGD.
 import dataclasses
 import pathlib
 import time
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -27,11 +26,11 @@ import numpy as np
 import optax
 import rich
 import rich.table
-import tyro
 
 from jaxlab import memory, train
 from jaxlab.data import digits, mnist5k
 from jaxlab.decentral import fedzip, partition, simulator, single_merging
+from jaxlab.train import command
 from jaxlab.train.result import finished_result, print_metrics, settings
 
 
@@ -70,6 +69,7 @@ PRESETS = {
   "demo": Config(),
   "paper": Config(preset="paper", rounds=101, epochs=101, batch_size=10, server_rate=0.1),
 }
+parse = command.parser(PRESETS, __doc__)
 # Name -> codec; None is FedAvg.
 ARMS: dict[str, simulator.Codec | None] = {
   "FedAvg": None,
@@ -82,12 +82,6 @@ ARMS: dict[str, simulator.Codec | None] = {
   "random 4 % as floats": fedzip.random_codec(0.04),
   "even levels, 2 bits": fedzip.uniform_codec(2),
 }
-
-
-def parse(args: Sequence[str] | None = None) -> Config:
-  """The config of a command; the preset gives the defaults."""
-  name = tyro.cli(Config, args=args, description=__doc__).preset
-  return tyro.cli(Config, args=args, default=PRESETS[name], description=__doc__)
 
 
 def kept(config: Config) -> dict[str, Any]:

@@ -20,11 +20,11 @@ import jax
 import numpy as np
 import rich
 import rich.table
-import tyro
 
 from jaxlab import data, memory, train
 from jaxlab.data import citation_full, digits, planetoid
 from jaxlab.graph.nets import forward_gnn as fg
+from jaxlab.train import command
 from jaxlab.train.result import finished_result, print_metrics, settings
 
 
@@ -52,6 +52,10 @@ class Config:
   """paper: the published recipe in full, 1 to 4 layers of at most 1000 epochs."""
   workdir: pathlib.Path = pathlib.Path("runs/forward_gnn")
   """Each setting has a folder in here with checkpoints, metrics, figure and result.json; a second run resumes."""
+
+
+PRESETS = {"demo": Config(), "paper": Config(preset="paper", depths=(1, 2, 3, 4), epochs=1000)}
+parse = command.parser(PRESETS, __doc__)
 
 
 # What trains layer after layer, and what trains all layers in every epoch.
@@ -162,8 +166,6 @@ def draw(
 def main(config: Config) -> None:
   """Trains what is not trained yet, then draws and reports."""
   memory.keep()
-  if config.preset == "paper":
-    config = dataclasses.replace(config, depths=(1, 2, 3, 4), epochs=1000)
   if not config.depths or min(config.depths) < 1:
     raise ValueError(f"depths: got {config.depths}, expected numbers of layers")
   if not 1 <= config.splits <= 5:
@@ -209,4 +211,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-  main(tyro.cli(Config, description=__doc__))
+  main(parse())

@@ -26,12 +26,12 @@ import numpy as np
 import optax
 import rich
 import rich.table
-import tyro
 
 from jaxlab import memory, train
 from jaxlab.data import heterophilous, tu
 from jaxlab.graph import encodings, layers, sparse, structure, tokens
 from jaxlab.graph.nets import graph_mamba
+from jaxlab.train import command
 from jaxlab.train.result import finished_result, print_metrics, settings
 
 COLORS, WALKS = 4, 4
@@ -63,6 +63,10 @@ class Config:
   """Only search the grid: validation scores on the last split or fold."""
   workdir: pathlib.Path = pathlib.Path("runs/graph_mamba")
   """Each setting has a folder in here; finished parts are not trained again."""
+
+
+PRESETS = {"demo": Config(), "paper": Config(preset="paper", runs=10, epochs=300, features=64, length=4, repetitions=4)}
+parse = command.parser(PRESETS, __doc__)
 
 
 class Problem(NamedTuple):
@@ -403,8 +407,6 @@ def resolve(config: Config) -> Config:
   runs, epochs = BUDGET[config.dataset]
   changes: dict[str, Any] = {"runs": config.runs or runs, "epochs": config.epochs or epochs}
   changes["features"] = config.features or 32
-  if config.preset == "paper":
-    changes = {"runs": 10, "epochs": 300, "features": 64, "length": 4, "repetitions": 4}
   names = METHODS[config.dataset]
   if set(config.methods) - set(names):
     raise ValueError(f"methods: got {config.methods}, expected some of {names}")
@@ -496,4 +498,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-  main(tyro.cli(Config, description=__doc__))
+  main(parse())

@@ -27,7 +27,6 @@ import numpy as np
 import rich
 import rich.table
 import scipy.sparse
-import tyro
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, train_test_split
 
@@ -35,6 +34,7 @@ from jaxlab import train
 from jaxlab.data import digits, networks, planetoid, synthetic
 from jaxlab.graph import common_neighbors
 from jaxlab.graph.embedding import graphlet_orbits as go
+from jaxlab.train import command
 from jaxlab.train.result import finished_result, once, print_metrics, settings
 
 PAIRS = tuple(pair for pair in go.ORBIT_PAIRS[1:] if pair[1] <= pair[2])  # the first is the adjacency itself
@@ -67,6 +67,10 @@ class Config:
   """Measure cost on one Chung-Lu graph with exponent 2.5 instead."""
   workdir: pathlib.Path = pathlib.Path("runs/graphlet_orbits")
   """Each setting has a folder in here with figure and result.json."""
+
+
+PRESETS = {"demo": Config(), "paper": Config(preset="paper", dataset="email_eu_core", seeds=10)}
+parse = command.parser(PRESETS, __doc__)
 
 
 # ------------------------------------------------------------------------------------------------------------- labels
@@ -305,8 +309,6 @@ def report(result: dict[str, Any]) -> None:
 
 def main(config: Config) -> None:
   """Runs the experiment, or shows a finished one."""
-  if config.preset == "paper":
-    config = dataclasses.replace(config, dataset="email_eu_core", seeds=10)
   for name in ("seeds", "dim"):
     if getattr(config, name) < 1:
       raise ValueError(f"{name}: got {getattr(config, name)}, expected at least 1")
@@ -345,4 +347,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-  main(tyro.cli(Config, description=__doc__))
+  main(parse())

@@ -20,13 +20,13 @@ import rich
 import rich.table
 import scipy.sparse
 import sklearn.metrics
-import tyro
 from jaxtyping import Bool, Int
 
 from jaxlab import train
 from jaxlab.data import digits, networks
 from jaxlab.graph import evaluation
 from jaxlab.graph.embedding import graphvite
+from jaxlab.train import command
 from jaxlab.train.result import finished_result, print_metrics, settings
 
 
@@ -60,6 +60,15 @@ class Config:
   """paper: the official BlogCatalog demo, LINE with s = 2, 128 columns, 2000 epochs, 20 % of the nodes."""
   workdir: pathlib.Path = pathlib.Path("runs/graphvite")
   """Each setting has a folder in here with figure and result.json."""
+
+
+PRESETS = {
+  "demo": Config(),
+  "paper": Config(
+    preset="paper", dataset="blogcatalog", dim=128, augmentation_step=2, epochs=(2000,), fraction=0.2, models=False
+  ),
+}
+parse = command.parser(PRESETS, __doc__)
 
 
 DEGREES, FREQUENT = "degree product", "most frequent labels"
@@ -178,9 +187,6 @@ def main(config: Config) -> None:
   for name in ("epochs", "parts"):
     if not getattr(config, name) or min(getattr(config, name)) < 1:
       raise ValueError(f"{name}: got {getattr(config, name)}, expected some, each at least 1")
-  if config.preset == "paper":
-    changes = {"dim": 128, "augmentation_step": 2, "epochs": (2000,), "fraction": 0.2, "models": False}
-    config = dataclasses.replace(config, dataset="blogcatalog", **changes)
   parts = "-".join(map(str, config.parts))
   folder = config.workdir / "-".join(
     [config.dataset, config.preset, str(config.dim), f"P{parts}", *([config.backend] if config.backend else [])]
@@ -222,4 +228,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-  main(tyro.cli(Config, description=__doc__))
+  main(parse())

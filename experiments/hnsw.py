@@ -23,12 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 import rich
 import rich.table
-import tyro
 from sklearn.datasets import load_digits
 
 from jaxlab import train
 from jaxlab.data import mnist5k
 from jaxlab.graph.search import hnsw
+from jaxlab.train import command
 from jaxlab.train.result import finished_result, print_metrics, settings
 
 K = 10
@@ -66,6 +66,10 @@ class Config:
   """paper: a million clustered points, as many as its SIFT benchmark has."""
   workdir: pathlib.Path = pathlib.Path("runs/hnsw")
   """Each setting has a folder in here with figure and result.json."""
+
+
+PRESETS = {"demo": Config(), "paper": Config(preset="paper", dataset="clustered", points=1_000_000)}
+parse = command.parser(PRESETS, __doc__)
 
 
 def load(config: Config) -> tuple[np.ndarray, np.ndarray]:
@@ -218,8 +222,6 @@ def growth(config: Config, path: pathlib.Path) -> tuple[dict[str, Any], str]:
 
 def main(config: Config) -> None:
   """Runs the experiment, or shows a finished one."""
-  if config.preset == "paper":
-    config = dataclasses.replace(config, dataset="clustered", points=1_000_000)
   if not config.ef or min(config.ef) < 1:
     raise ValueError(f"ef: got {config.ef}, expected widths of at least 1")
   folder = config.workdir / ("growth" if config.growth else f"{config.dataset}-{config.preset}")
@@ -244,4 +246,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-  main(tyro.cli(Config, description=__doc__))
+  main(parse())

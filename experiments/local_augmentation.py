@@ -26,12 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 import rich
 import rich.table
-import tyro
 
 from jaxlab import data, memory, train
 from jaxlab.data import planetoid, synthetic
 from jaxlab.graph import node_classification, sparse
 from jaxlab.graph.nets import local_augmentation as la
+from jaxlab.train import command
 from jaxlab.train.result import finished_result, settings
 
 
@@ -60,6 +60,13 @@ class Config:
   """Only search the grid: validation accuracies from seeds that no result uses."""
   workdir: pathlib.Path = pathlib.Path("runs/local_augmentation")
   """Each setting has a folder in here with checkpoints, metrics, figure and result.json; a second run resumes."""
+
+
+PRESETS = {
+  "demo": Config(),
+  "paper": Config(preset="paper", seeds=100, epochs=2000, passes=100, generator_passes=10, pool=0),
+}
+parse = command.parser(PRESETS, __doc__)
 
 
 class Method(NamedTuple):
@@ -256,8 +263,6 @@ def main(config: Config) -> None:
   memory.keep()
   if config.seeds < 1:
     raise ValueError(f"seeds: got {config.seeds}, expected at least 1")
-  if config.preset == "paper":
-    config = dataclasses.replace(config, seeds=100, epochs=2000, passes=100, generator_passes=10, pool=0)
   chosen = {name: m for name, m in methods(config.dataset).items() if not config.methods or name in config.methods}
   if not chosen:
     raise ValueError(f"methods: got {config.methods}, expected some of {tuple(methods(config.dataset))}")
@@ -294,4 +299,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-  main(tyro.cli(Config, description=__doc__))
+  main(parse())

@@ -18,7 +18,6 @@ import json
 import pathlib
 import time
 import zlib
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -28,12 +27,12 @@ import numpy as np
 import optax
 import rich
 import sklearn.datasets
-import tyro
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxlab import checks, memory, train
 from jaxlab.analysis import local_lipschitz as ll
 from jaxlab.data import digits, mnist5k
+from jaxlab.train import command
 from jaxlab.train.result import finished_result, once, print_metrics, settings
 
 CHUNK = 2000  # points whose gradients are computed at once
@@ -78,12 +77,7 @@ PRESETS = {
   "demo": Config(),
   "paper": Config(dataset="mnist5k", width=20, seeds=1, epochs=10, images=50, timeout=60.0, preset="paper"),
 }
-
-
-def parse(args: Sequence[str] | None = None) -> Config:
-  """The config of a command; the preset gives the defaults."""
-  name = tyro.cli(Config, args=args, description=__doc__).preset
-  return tyro.cli(Config, args=args, default=PRESETS[name], description=__doc__)
+parse = command.parser(PRESETS, __doc__)
 
 
 class MLP(nn.Module):

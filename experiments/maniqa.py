@@ -37,14 +37,13 @@ import skimage.metrics
 import sklearn.pipeline
 import sklearn.preprocessing
 import sklearn.svm
-import tyro
 from jaxtyping import Array, Float
 
 from jaxlab import checks, interop, train
 from jaxlab.data import camvid, photographs
 from jaxlab.models import maniqa
 from jaxlab.nn.conv import Conv
-from jaxlab.train import figures
+from jaxlab.train import command, figures
 
 FOUR = ("gaussian blur", "white noise", "JPEG", "block shuffle")
 _FRAME_SIDE = 180  # of CamVid as it is stored, the shorter one
@@ -104,6 +103,7 @@ PRESETS = {
     flip=0.7,
   ),
 }
+parse = command.parser(PRESETS, __doc__)
 
 
 class Convolutions(nn.Module):
@@ -467,12 +467,6 @@ def main(config: Config) -> None:
   )
   train.result.print_metrics(train.result.finished_result(config.workdir / folder(config), config))
   rich.print(f"{path}\n{picture}")
-
-
-def parse(args: Sequence[str] | None = None) -> Config:
-  """The config of a command; the preset gives the defaults."""
-  name = tyro.cli(Config, args=args, description=__doc__).preset
-  return tyro.cli(Config, args=args, default=PRESETS[name], description=__doc__)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -28,12 +27,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import rich
-import tyro
 
 from jaxlab import checks, memory, train
 from jaxlab.data import facts as country_facts
 from jaxlab.learning import mend
 from jaxlab.models import language
+from jaxlab.train import command
 from jaxlab.train.result import finished_result, once, print_metrics, settings
 
 Ablation = Literal[
@@ -127,6 +126,7 @@ PAPER = dataclasses.replace(
   test_problems=500, validation_problems=500, preset="paper",
 )  # fmt: skip
 PRESETS = {"demo": DEMO, "paper": PAPER}
+parse = command.parser(PRESETS, __doc__)
 # An editor meets the first wordings only; edits are asked for in the others.
 KNOWN, UNSEEN = (0, 1, 2), (3, 4)
 PARTS = {"train": 0.6, "validation": 0.15, "test": 0.25}  # of the countries
@@ -487,12 +487,6 @@ def _seconds(run: Any, times: int = 7) -> float:
     jax.block_until_ready(run())
     taken.append(time.perf_counter() - start)
   return float(np.median(taken))
-
-
-def parse(args: Sequence[str] | None = None) -> Config:
-  """The config of a command; the preset gives the defaults."""
-  name = tyro.cli(Config, args=args, description=__doc__).preset
-  return tyro.cli(Config, args=args, default=PRESETS[name], description=__doc__)
 
 
 if __name__ == "__main__":

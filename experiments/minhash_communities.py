@@ -15,7 +15,7 @@ communities, each followed by its fans; the protocol is the same on a sample of 
 import dataclasses
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -60,6 +60,18 @@ class Config:
   """Time ingest, table and queries as the stream of fans grows to `edges`."""
   workdir: pathlib.Path = pathlib.Path("runs/minhash_communities")
   """Each setting has a folder in here with figure and result.json."""
+
+
+PRESETS = {"demo": Config(), "paper": Config(preset="paper", hashes=1000, bands=500, seeds=30, interval=10)}
+
+
+def parse(args: Sequence[str] | None = None) -> Config:
+  """The config of a command; the preset and the data give the defaults."""
+  first = tyro.cli(Config, args=args, description=__doc__)
+  default = PRESETS[first.preset]
+  if first.preset == "paper" and first.dataset == "fans":
+    default = dataclasses.replace(default, accounts=10**5, edges=2 * 10**6)
+  return tyro.cli(Config, args=args, default=default, description=__doc__)
 
 
 def rankings(index: mc.Index, seeds: np.ndarray, size: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -251,10 +263,6 @@ def scale(config: Config, path: pathlib.Path) -> tuple[dict[str, Any], str]:
 
 def main(config: Config) -> None:
   """Runs the experiment, or shows a finished one."""
-  if config.preset == "paper":
-    config = dataclasses.replace(config, hashes=1000, bands=500, seeds=30, interval=10)
-    if config.dataset == "fans":
-      config = dataclasses.replace(config, accounts=10**5, edges=2 * 10**6)
   for name, least in (("accounts", 1000), ("edges", 10**4), ("seeds", 1), ("interval", 1), ("queries", 1)):
     if getattr(config, name) < least:
       raise ValueError(f"{name}: got {getattr(config, name)}, expected at least {least}")
@@ -279,4 +287,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-  main(tyro.cli(Config, description=__doc__))
+  main(parse())

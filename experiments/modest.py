@@ -24,11 +24,11 @@ import numpy as np
 import optax
 import rich
 import rich.table
-import tyro
 
 from jaxlab import memory, train
 from jaxlab.data import digits, mnist5k
 from jaxlab.decentral import gossip, modest, partition, simulator, single_merging
+from jaxlab.train import command
 from jaxlab.train.result import finished_result, print_metrics, settings
 
 
@@ -70,12 +70,7 @@ class Config:
 
 
 PRESETS = {"demo": Config(), "paper": Config(preset="paper", dataset="mnist_5k", nodes=100, rounds=500, rate=0.002)}
-
-
-def parse(args: Sequence[str] | None = None) -> Config:
-  """The config of a command; the preset gives the defaults."""
-  name = tyro.cli(Config, args=args, description=__doc__).preset
-  return tyro.cli(Config, args=args, default=PRESETS[name], description=__doc__)
+parse = command.parser(PRESETS, __doc__)
 
 
 def kept(config: Config) -> dict[str, Any]:

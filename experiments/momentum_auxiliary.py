@@ -13,18 +13,16 @@ that suits backpropagation.
 import dataclasses
 import pathlib
 import time
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-import tyro
 
 from jaxlab import checks, memory, train
 from jaxlab.data import images
 from jaxlab.learning import comparison
 from jaxlab.learning import momentum_auxiliary as man
 from jaxlab.models.backbones import cifar
-from jaxlab.train import figures
+from jaxlab.train import command, figures
 from jaxlab.train.result import finished_result, print_metrics, settings
 
 
@@ -71,6 +69,7 @@ PRESETS = {
   "paper": _PAPER,
   "paper-110": dataclasses.replace(_PAPER, preset="paper-110", layers=110, modules=(32, 54)),
 }
+parse = command.parser(PRESETS, __doc__)
 # Which blocks a method has: (bias, average).
 BRANCHES = {"InfoPro": (False, False), "bias": (True, False), "average": (False, True), "MAN": (True, True)}
 # Test error (%) on all of CIFAR-10, by layers.
@@ -91,12 +90,6 @@ PUBLISHED = {
   },
 }
 SOURCE = "Su et al. 2024"
-
-
-def parse(args: Sequence[str] | None = None) -> Config:
-  """The config of a command; the preset gives the defaults."""
-  name = tyro.cli(Config, args=args, description=__doc__).preset
-  return tyro.cli(Config, args=args, default=PRESETS[name], description=__doc__)
 
 
 def even_cuts(units: int, modules: int) -> tuple[int, ...]:

@@ -29,13 +29,13 @@ import numpy as np
 import optax
 import rich
 import rich.table
-import tyro
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from jaxlab import memory, train
 from jaxlab.data import temporal
 from jaxlab.data.temporal import Batches, EventStream, Split
 from jaxlab.graph.links import nat
+from jaxlab.train import command
 from jaxlab.train.result import finished_result, print_metrics, settings
 
 
@@ -66,6 +66,16 @@ class Config:
   """Only try learning rates: validation AP of two seeds that no result uses."""
   workdir: pathlib.Path = pathlib.Path("runs/nat")
   """Each setting has a folder in here with checkpoints, metrics, figure and result.json; a second run resumes."""
+
+
+_RECIPE = nat.RECIPES["wikipedia"]
+PRESETS = {
+  "demo": Config(),
+  "paper": Config(
+    preset="paper", epochs=_RECIPE.epochs, learning_rate=_RECIPE.learning_rate, batch_size=_RECIPE.batch_size
+  ),
+}
+parse = command.parser(PRESETS, __doc__)
 
 
 # Validation AP was highest with it (`--tune`); the school takes that of the hospital, which is the smaller stream.
@@ -262,11 +272,7 @@ def main(config: Config) -> None:
       raise ValueError(f"{name}: got {getattr(config, name)}, expected at least 1")
   if config.tune:
     return tune(config)
-  if config.preset == "paper":
-    recipe = nat.RECIPES["wikipedia"]
-    changes = {"epochs": recipe.epochs, "learning_rate": recipe.learning_rate, "batch_size": recipe.batch_size}
-    config = dataclasses.replace(config, **changes)
-  elif not config.learning_rate:
+  if not config.learning_rate:
     config = dataclasses.replace(config, learning_rate=LEARNING_RATE.get(config.dataset, 1e-3))
   suffix = "-paper" * (config.preset == "paper") + "-ablation" * config.ablation
   folder = config.workdir / f"{config.dataset}-{config.mode}-{config.seeds}{suffix}"
@@ -314,4 +320,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-  main(tyro.cli(Config, description=__doc__))
+  main(parse())

@@ -21,12 +21,12 @@ import numpy as np
 import rich
 import rich.table
 import scipy.spatial
-import tyro
 
 from jaxlab import memory, train
 from jaxlab.data import planetoid
 from jaxlab.graph import common_neighbors, evaluation, link_prediction
 from jaxlab.graph.links import neural_common_neighbor as ncn
+from jaxlab.train import command
 from jaxlab.train.result import finished_result, settings
 
 
@@ -48,6 +48,10 @@ class Config:
   """paper: the published recipe in full, that is 10 seeds and every head."""
   workdir: pathlib.Path = pathlib.Path("runs/neural_common_neighbor")
   """Each setting has a folder in here with checkpoints, metrics, figure and result.json; a second run resumes."""
+
+
+PRESETS = {"demo": Config(), "paper": Config(preset="paper", seeds=10, ablation=True)}
+parse = command.parser(PRESETS, __doc__)
 
 
 class Method(NamedTuple):
@@ -240,8 +244,6 @@ def main(config: Config) -> None:
     raise ValueError(f"seeds: got {config.seeds}, expected at least 1")
   if config.epochs is not None and config.epochs < 1:
     raise ValueError(f"epochs: got {config.epochs}, expected at least 1, or None")
-  if config.preset == "paper":
-    config = dataclasses.replace(config, seeds=10, ablation=True)
   methods = METHODS | (ABLATION if config.ablation else {})
   suffix = f"{'-' + config.inner if config.inner != 'official' else ''}{'-ablation' * config.ablation}"
   folder = config.workdir / f"{config.dataset}-{config.seeds}{f'-{config.epochs}' if config.epochs else ''}{suffix}"
@@ -285,4 +287,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-  main(tyro.cli(Config, description=__doc__))
+  main(parse())

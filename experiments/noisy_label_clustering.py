@@ -21,12 +21,12 @@ from typing import Any, Literal
 import numpy as np
 import rich
 import scipy.sparse
-import tyro
 from sklearn.linear_model import LogisticRegression
 
 from jaxlab import train
 from jaxlab.data import networks, planetoid, synthetic
 from jaxlab.graph.search import noisy_label_clustering as lfd
+from jaxlab.train import command
 from jaxlab.train.result import finished_result, print_metrics, settings
 
 SOURCES = {"real": np.arange(1.5, 5.01, 0.25), "sbm": np.array([1.5, 2.0, 3.0, 4.0])}  # over what the target holds
@@ -54,6 +54,10 @@ class Config:
   """Count the work around one planted cluster as the graph grows."""
   workdir: pathlib.Path = pathlib.Path("runs/noisy_label_clustering")
   """Each setting has a folder in here with figure and result.json."""
+
+
+PRESETS = {"demo": Config(), "paper": Config(preset="paper", seeds=100)}
+parse = command.parser(PRESETS, __doc__)
 
 
 def load(config: Config) -> tuple[scipy.sparse.csr_array, np.ndarray, Any]:
@@ -107,7 +111,7 @@ def scores(
 def compare(config: Config, path: pathlib.Path) -> tuple[dict[str, Any], str]:
   """Metrics, each the mean over targets for every trial number; draws them."""
   adjacency, classes, features = load(config)
-  trials = 100 if config.preset == "paper" else config.seeds
+  trials = config.seeds
   settings_ = ["classifier"] if features is not None else [f"{a:g}" for a in config.accuracies]
   table: dict[str, np.ndarray] = {}
   plain: dict[tuple[int, int], tuple[float, float]] = {}
@@ -203,4 +207,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-  main(tyro.cli(Config, description=__doc__))
+  main(parse())

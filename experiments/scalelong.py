@@ -30,15 +30,14 @@ import optax
 import rich
 import scipy.linalg
 import sklearn.decomposition
-import tyro
 
 from jaxlab import train
 from jaxlab.data import digits, images, mnist5k
 from jaxlab.models import scalelong
 from jaxlab.nn import diffusion
 from jaxlab.nn.diffusion import VariancePreserving
+from jaxlab.train import command, figures
 from jaxlab.train import diffusion as training
-from jaxlab.train import figures
 
 PROCESS = VariancePreserving()
 RECORD = 5  # steps between two records of the middle feature
@@ -104,6 +103,7 @@ PRESETS = {
     dtype="bfloat16",
   ),
 }  # fmt: skip
+parse = command.parser(PRESETS, __doc__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -427,12 +427,6 @@ def main(config: Config) -> None:
   train.result.print_metrics(train.result.finished_result(folder, config) or {})
   rich.print(draw_comparison(config, runs, law, folder / "comparison.png"))
   rich.print(draw_grid(rows, folder / "samples.png"))
-
-
-def parse(args: Sequence[str] | None = None) -> Config:
-  """The config of a command; the preset gives the defaults."""
-  name = tyro.cli(Config, args=args, description=__doc__).preset
-  return tyro.cli(Config, args=args, default=PRESETS[name], description=__doc__)
 
 
 if __name__ == "__main__":

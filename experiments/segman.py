@@ -17,7 +17,6 @@ intersection over union (mIoU) of all classes over the test images, and that of 
 import dataclasses
 import pathlib
 import time
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -27,12 +26,11 @@ import optax
 import rich
 import rich.table
 import sklearn.metrics
-import tyro
 
 from jaxlab import checks, train
 from jaxlab.data import scenes
 from jaxlab.models import segman
-from jaxlab.train import figures
+from jaxlab.train import command, figures
 
 KINDS = {"by marker": (1, 2), "by stripes": (3, 4), "by size": (5, 6)}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -78,6 +76,7 @@ PRESETS = {
   "demo": Config(),
   "paper": Config("paper", 384, 20_000, 160_000, 16, 6e-5, 10.0, 1500, None, "bfloat16"),  # 384 fit the photographs
 }
+parse = command.parser(PRESETS, __doc__)
 
 
 def network(config: Config, name: str) -> segman.SegMAN:
@@ -211,12 +210,6 @@ def main(config: Config) -> None:
     wall_time=time.monotonic() - began,
   )
   rich.print(f"{path}\n{draw(config, scores, shown)}")
-
-
-def parse(args: Sequence[str] | None = None) -> Config:
-  """The config of a command; the preset gives the defaults."""
-  name = tyro.cli(Config, args=args, description=__doc__).preset
-  return tyro.cli(Config, args=args, default=PRESETS[name], description=__doc__)
 
 
 if __name__ == "__main__":

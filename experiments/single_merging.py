@@ -19,7 +19,6 @@ augmented. No transformers, no validation sets of clients.
 import dataclasses
 import pathlib
 import time
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -27,12 +26,12 @@ import jax
 import numpy as np
 import rich
 import rich.table
-import tyro
 
 from jaxlab import checks, memory, train
 from jaxlab.data import digits, images, mnist5k
 from jaxlab.decentral import simulator
 from jaxlab.decentral import single_merging as sm
+from jaxlab.train import command
 from jaxlab.train.result import finished_result, print_metrics, settings
 
 
@@ -86,12 +85,7 @@ PRESETS = {
     evaluate_every=13,
   ),
 }
-
-
-def parse(args: Sequence[str] | None = None) -> Config:
-  """The config of a command; the preset gives the defaults."""
-  name = tyro.cli(Config, args=args, description=__doc__).preset
-  return tyro.cli(Config, args=args, default=PRESETS[name], description=__doc__)
+parse = command.parser(PRESETS, __doc__)
 
 
 def kept(config: Config) -> dict[str, Any]:

@@ -30,13 +30,13 @@ import numpy as np
 import optax
 import rich
 import rich.table
-import tyro
 from jaxtyping import Array, Bool, Float
 
 from jaxlab import memory, train
 from jaxlab.data import heterophilous, synthetic
 from jaxlab.graph import layers, pairwise, sparse, structure
 from jaxlab.graph.nets import sir_gcn
+from jaxlab.train import command
 from jaxlab.train.result import finished_result, print_metrics, settings
 
 
@@ -60,6 +60,10 @@ class Config:
   """minesweeper: only search the grid, by validation AUC on two splits."""
   workdir: pathlib.Path = pathlib.Path("runs/sir_gcn")
   """Each setting has a folder in here with checkpoints, metrics, figure and result.json; a second run resumes."""
+
+
+PRESETS = {"demo": Config(), "paper": Config(preset="paper", seeds=10)}
+parse = command.parser(PRESETS, __doc__)
 
 
 # Official README, mean and deviation of ten runs.
@@ -539,10 +543,9 @@ def completed(config: Config) -> Config:
   known = ("SIR-GCN", "GCN") if mine else ("SIR-GCN", "GCN", "SAGE", "GIN", "GATv2")
   if unknown := set(config.methods) - set(known):
     raise ValueError(f"methods: got {sorted(unknown)}, expected some of {known}")
-  seeds = 10 if config.preset == "paper" or (mine and config.seeds == 3) else config.seeds
-  epochs = config.epochs or (300 if mine else 500)
-  if mine and config.preset == "paper":
-    epochs = sir_gcn.RECIPES["minesweeper"].epochs
+  seeds = 10 if mine and config.seeds == 3 else config.seeds
+  most = sir_gcn.RECIPES["minesweeper"].epochs if config.preset == "paper" else 300
+  epochs = config.epochs or (most if mine else 500)
   size = config.size or {"dictionary": 10, "edge_count": 2, "minesweeper": 0}[config.task]
   methods = config.methods or (("SIR-GCN", "GCN", "GIN") if config.task == "edge_count" else known)
   return dataclasses.replace(config, seeds=seeds, epochs=epochs, size=size, methods=methods)
@@ -590,4 +593,4 @@ DATASET = {
 
 
 if __name__ == "__main__":
-  main(tyro.cli(Config, description=__doc__))
+  main(parse())

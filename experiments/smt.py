@@ -27,12 +27,11 @@ import optax
 import rich
 import rich.table
 import sklearn.linear_model
-import tyro
 
 from jaxlab import memory, train
 from jaxlab.data import augment, digits, imagenet, images, mnist5k
 from jaxlab.models import smt
-from jaxlab.train import figures
+from jaxlab.train import command, figures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +92,7 @@ PRESETS = {
     dtype="bfloat16",
   ),
 }
+parse = command.parser(PRESETS, __doc__)
 PUBLISHED = {"tiny": 82.2, "small": 83.7, "base": 84.3}  # top-1, ImageNet-1k alone
 
 
@@ -390,12 +390,6 @@ def main(config: Config) -> None:
     wall_time=time.monotonic() - began,
   )
   rich.print(f"{path}\n{draw(config, task, runs, measured)}")
-
-
-def parse(args: Sequence[str] | None = None) -> Config:
-  """The config of a command; the preset gives the defaults."""
-  name = tyro.cli(Config, args=args, description=__doc__).preset
-  return tyro.cli(Config, args=args, default=PRESETS[name], description=__doc__)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ import numpy as np
 import pandas as pd
 import rich
 import scipy.sparse
-import tyro
 from jaxtyping import Bool, Float, Int
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -42,6 +41,7 @@ from jaxlab.data import digits, networks
 from jaxlab.graph import evaluation
 from jaxlab.graph.embedding import fastrp
 from jaxlab.graph.embedding import spark_embedding as se
+from jaxlab.train import command
 from jaxlab.train.result import finished_result, once, print_metrics, settings
 
 EDGES = (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)
@@ -91,6 +91,10 @@ class Config:
   """Heap of the driver and of each executor."""
   workdir: pathlib.Path = pathlib.Path("runs/spark_embedding")
   """Each setting has a folder in here with figure and result.json."""
+
+
+PRESETS = {"demo": Config(), "paper": Config(preset="paper", seeds=10, engine="spark")}
+parse = command.parser(PRESETS, __doc__)
 
 
 @contextlib.contextmanager
@@ -362,8 +366,6 @@ def scale(config: Config, path: pathlib.Path) -> tuple[dict[str, Any], str] | No
 
 def main(config: Config) -> None:
   """Runs the experiment, or shows a finished one."""
-  if config.preset == "paper":
-    config = dataclasses.replace(config, seeds=10, engine="spark")
   for name, least in (("seeds", 1), ("parts", 2), ("dim", 2), ("leaf_nodes", 0), ("edges", 0)):
     if getattr(config, name) < least:
       raise ValueError(f"{name}: got {getattr(config, name)}, expected at least {least}")
@@ -391,4 +393,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-  main(tyro.cli(Config, description=__doc__))
+  main(parse())

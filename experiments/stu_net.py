@@ -35,14 +35,13 @@ import numpy as np
 import optax
 import rich
 import rich.table
-import tyro
 
 from jaxlab import kernels, train
 from jaxlab.data import brain
 from jaxlab.models import stu_net
 from jaxlab.nn.sliding_window import mirrored, sliding_window
 from jaxlab.nn.volume import Conv3D, InstanceNorm
-from jaxlab.train import figures
+from jaxlab.train import command, figures
 
 TEST_SCANS = 2
 # Weights split over devices, activations recomputed, and the dtype of the computation, for --memory.
@@ -106,6 +105,7 @@ PRESETS = {
     dtype="bfloat16",
   ),
 }
+parse = command.parser(PRESETS, __doc__)
 
 
 class PlainUNet(nn.Module):
@@ -439,12 +439,6 @@ def main(config: Config) -> None:
     wall_time=time.monotonic() - began,
   )
   rich.print(f"{path}\n{draw(config, scores, first)}")
-
-
-def parse(args: Sequence[str] | None = None) -> Config:
-  """The config of a command; the preset gives the defaults."""
-  name = tyro.cli(Config, args=args, description=__doc__).preset
-  return tyro.cli(Config, args=args, default=PRESETS[name], description=__doc__)
 
 
 if __name__ == "__main__":

@@ -25,12 +25,12 @@ import numpy as np
 import rich
 import rich.table
 import scipy.stats
-import tyro
 
 from jaxlab import data, memory, train
 from jaxlab.data import planetoid, synthetic
 from jaxlab.graph import common_neighbors, evaluation, sparse
 from jaxlab.graph.links import topological_concentration as tc
+from jaxlab.train import command
 from jaxlab.train.result import finished_result, settings
 
 EDGES = (100_000, 200_000, 400_000, 800_000, 1_600_000, 3_200_000, 6_400_000, 10_000_000)  # of the scaling study
@@ -63,6 +63,10 @@ class Config:
   """Measure cost against the number of edges instead."""
   workdir: pathlib.Path = pathlib.Path("runs/topological_concentration")
   """Each setting has a folder in here with figure and result.json; a second run resumes."""
+
+
+PRESETS = {"demo": Config(), "paper": Config(preset="paper", seeds=10, epochs=1000, rates=(0.001,), centre=True)}
+parse = command.parser(PRESETS, __doc__)
 
 
 class Method(NamedTuple):
@@ -406,8 +410,6 @@ def main(config: Config) -> None:
       raise ValueError(f"{name}: got {getattr(config, name)}, expected at least 1")
   if config.shift and config.scaling:
     raise ValueError("shift: got True with scaling, expected one of them")
-  if config.preset == "paper":
-    config = dataclasses.replace(config, seeds=10, epochs=1000, rates=(0.001,), centre=True)
   name = f"{config.dataset}-{config.conv}-{config.epochs}x{config.seeds}{'-centre' * config.centre}"
   folder = config.workdir / ("scaling" if config.scaling else f"shift-{config.seeds}" if config.shift else name)
   record = settings(dataclasses.asdict(config))
@@ -437,4 +439,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-  main(tyro.cli(Config, description=__doc__))
+  main(parse())

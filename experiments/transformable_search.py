@@ -17,7 +17,6 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import grain
@@ -25,13 +24,12 @@ import jax
 import numpy as np
 import optax
 import rich
-import tyro
 
 from jaxlab import checks, memory, train
 from jaxlab.data import images
 from jaxlab.learning import comparison, local
 from jaxlab.learning import transformable_search as tas
-from jaxlab.train import figures
+from jaxlab.train import command, figures
 from jaxlab.train.result import finished_result, once, print_metrics, settings
 
 
@@ -105,14 +103,9 @@ PRESETS = {
     random_networks=5,
   ),
 }
+parse = command.parser(PRESETS, __doc__)
 # The many networks that are trained for a short time are compiled with less care, in half the time.
 _jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
-
-
-def parse(args: Sequence[str] | None = None) -> Config:
-  """The config of a command; the preset gives the defaults."""
-  name = tyro.cli(Config, args=args, description=__doc__).preset
-  return tyro.cli(Config, args=args, default=PRESETS[name], description=__doc__)
 
 
 class Halves(grain.DatasetIterator):

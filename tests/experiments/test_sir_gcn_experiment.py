@@ -101,12 +101,12 @@ def test_gatv2_against_matrices():
 
 
 def test_presets_and_checks():
-  paper = experiment.completed(experiment.Config(task="minesweeper", preset="paper"))
+  paper = experiment.completed(experiment.parse(["--task", "minesweeper", "--preset", "paper"]))
   net, recipe = experiment.minesweeper_method(paper, "SIR-GCN")
   assert net == sir_gcn.minesweeper() and recipe == sir_gcn.RECIPES["minesweeper"] and paper.seeds == 10
   other, _ = experiment.minesweeper_method(paper, "GCN")
   assert (other.hidden, other.depth, other.norm) == (256, 5, "batch")
-  assert experiment.completed(experiment.Config(task="edge_count", preset="paper")).size == 2
+  assert experiment.completed(experiment.parse(["--task=edge_count", "--preset=paper", "--seeds=2"])).seeds == 2
   for change, name in (({"seeds": 0}, "seeds"), ({"methods": ("MLP",)}, "methods"), ({"tune": True}, "tune")):
     with pytest.raises(ValueError, match=f"^{name}: got "):
       experiment.main(experiment.Config(**change))
