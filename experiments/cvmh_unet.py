@@ -234,9 +234,7 @@ def run(config: Config, name: str, seed: int, task: Task) -> tuple[dict[str, flo
       labels.append(data.label[where][:, flip])
     return {"image": normalise(np.stack(images), task), "label": np.stack(labels).astype(np.int32)}
 
-  kept = train.result.settings(dataclasses.asdict(config) | {"network": name, "seed": seed})
-  for key in ("workdir", "seeds", "ablation"):
-    kept.pop(key)
+  kept = train.result.settings(config, without=("workdir", "seeds", "ablation"), network=name, seed=seed)
   state = train.fit(
     learner(config, model, task.void),
     batch,

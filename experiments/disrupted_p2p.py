@@ -88,11 +88,6 @@ ARMS: dict[str, tuple[dp.Scenario, str, str]] = {
 }
 
 
-def kept(config: Config) -> dict[str, Any]:
-  """The settings that a run depends on: its folder serves no others."""
-  return {name: value for name, value in dataclasses.asdict(config).items() if name != "workdir"}
-
-
 def world(config: Config, name: str, examples: dict[str, np.ndarray], seed: int) -> tuple[dp.World, dp.Structure]:
   """The world of an arm on one graph, and what its disruption does to the graph."""
   kind, by, when = ARMS[name]
@@ -172,7 +167,7 @@ def main(config: Config) -> None:
   structures: dict[str, list[dp.Structure]] = {}
   by_size: list[Any] = []
   groups: dict[str, list[float]] = {}
-  rounds = np.zeros(0)
+  rounds, kept = np.zeros(0), settings(config, without=("workdir",))
   for name in ARMS:
     began, runs = time.perf_counter(), []
     structures[name] = []
@@ -181,7 +176,7 @@ def main(config: Config) -> None:
       place = folder / name.replace(" ", "_").replace(",", "").replace("'", "2") / str(seed)
       train.fit(
         jitted, batch, steps=config.rounds, workdir=place, key=jax.random.key(seed), evaluate_on=[dict(splits.test)],
-        evaluate_every=1, log_every=config.rounds, save_every=config.rounds, config=kept(config), progress=False,
+        evaluate_every=1, log_every=config.rounds, save_every=config.rounds, config=kept, progress=False,
         tensorboard=False,
       )  # fmt: skip
       rounds, accuracy = train.read_metrics(place)["eval_accuracy"]

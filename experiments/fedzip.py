@@ -84,11 +84,6 @@ ARMS: dict[str, simulator.Codec | None] = {
 }
 
 
-def kept(config: Config) -> dict[str, Any]:
-  """The settings that a run depends on: its folder serves no others."""
-  return {name: value for name, value in dataclasses.asdict(config).items() if name != "workdir"}
-
-
 def network(config: Config) -> nn.Module:
   """The official CNN or a small MLP."""
   if config.preset == "paper":
@@ -103,6 +98,7 @@ def run(config: Config, name: str, folder: pathlib.Path) -> tuple[dict[str, np.n
   work = simulator.Work(config.batch_size, config.epochs)
   learner = simulator.federated(local, work, server_rate=config.server_rate, codec=ARMS[name])
   jitted = learner._replace(**{k: jax.jit(getattr(learner, k)) for k in ("init", "step", "evaluate")})
+  kept = settings(config, without=("workdir",))
   curves, state, labels = [], None, splits.train["label"]
   # One capacity for all seeds, so that they share a compiled round.
   parts = [partition.dirichlet(labels, config.clients, config.alpha, min_size=10, seed=s) for s in range(config.seeds)]
@@ -112,7 +108,7 @@ def run(config: Config, name: str, folder: pathlib.Path) -> tuple[dict[str, np.n
     place = folder / "".join(c if c.isalnum() else "_" for c in name) / str(seed)
     state = train.fit(
       jitted, data, steps=config.rounds, workdir=place, key=jax.random.key(seed), evaluate_on=[dict(splits.test)],
-      evaluate_every=1, log_every=1, save_every=config.rounds, config=kept(config), progress=False, tensorboard=False,
+      evaluate_every=1, log_every=1, save_every=config.rounds, config=kept, progress=False, tensorboard=False,
     )  # fmt: skip
     curves.append(train.read_metrics(place))
   found = {k: np.stack([c[k][1] for c in curves], 1) for k in ("eval_accuracy", "megabits", "error")}

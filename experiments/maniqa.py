@@ -257,9 +257,9 @@ def fitted(config: Config, name: str, rate: float, seed: int, data: list[photogr
     patches = many.reshape(len(many), config.size // side, side, config.size // side, side, 3).swapaxes(2, 3)
     embedding = whitening(patches.reshape(-1, side * side * 3), model.width, seed)
 
-  kept = train.result.settings(dataclasses.asdict(config) | {"network": name, "rate": rate, "seed": seed})
-  for key in ("workdir", "seeds", "learning_rates", "crops"):
-    kept.pop(key)
+  kept = train.result.settings(
+    config, without=("workdir", "seeds", "learning_rates", "crops"), network=name, rate=rate, seed=seed
+  )
   state = train.fit(
     learner(config, model, rate, embedding),
     batch,

@@ -73,11 +73,6 @@ PRESETS = {"demo": Config(), "paper": Config(preset="paper", dataset="mnist_5k",
 parse = command.parser(PRESETS, __doc__)
 
 
-def kept(config: Config) -> dict[str, Any]:
-  """The settings that a run depends on: its folder serves no others."""
-  return {name: value for name, value in dataclasses.asdict(config).items() if name not in ("target", "workdir")}
-
-
 def crash(config: Config, seed: int) -> list[modest.Event]:
   """80 % of the nodes, none of them at work."""
   ids = [modest.node_id(i) for i in range(config.nodes)]
@@ -119,9 +114,10 @@ def joining(config: Config, shares: Sequence[float], seed: int) -> list[float]:
 
 def fit(config: Config, learner: Any, batch: Any, test: Any, steps: int, place: pathlib.Path, seed: int) -> Any:
   """Curves of a run: accuracy [T], models sent [T] where counted."""
+  kept = settings(config, without=("target", "workdir"))
   train.fit(
     learner, batch, steps=steps, workdir=place, key=jax.random.key(seed), evaluate_on=[dict(test)], evaluate_every=1,
-    log_every=1, save_every=steps, config=kept(config), progress=False, tensorboard=False,
+    log_every=1, save_every=steps, config=kept, progress=False, tensorboard=False,
   )  # fmt: skip
   curves = train.read_metrics(place)
   return curves["eval_accuracy"][1], curves["sent"][1] if "sent" in curves else None

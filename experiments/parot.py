@@ -268,9 +268,9 @@ def run(config: Config, name: str, turn: point_clouds.Turn, seed: int) -> tuple[
       "part": data.train.part[rows],
     }
 
-  kept = train.result.settings(dataclasses.asdict(config) | {"network": name, "turn": turn, "seed": seed})
-  for key in ("workdir", "seeds", "ablation", "published"):
-    kept.pop(key)
+  kept = train.result.settings(
+    config, without=("workdir", "seeds", "ablation", "published"), network=name, turn=turn, seed=seed
+  )
   work = config.workdir / folder(config) / name.replace(" ", "_") / turn / f"seed{seed}"
   done = work / "scores.json"
   if done.exists() and (known := json.loads(done.read_text()))["settings"] == kept:

@@ -207,9 +207,9 @@ class Runs:
 def run(config: Config, task: Task, made: train.Learner, name: str) -> Runs:
   """Trains one scaling at every rate with every seed."""
   size = config.batch_size
-  kept = train.result.settings(dataclasses.asdict(config) | {"run": name})
-  for key in ("workdir", "scalings", "rates", "seeds", "sampled", "samples", "sample_steps"):
-    kept.pop(key)
+  kept = train.result.settings(
+    config, without=("workdir", "scalings", "rates", "seeds", "sampled", "samples", "sample_steps"), run=name
+  )
 
   def loss(state: Any, part: np.ndarray) -> float:
     starts = range(0, min(len(part) - size, 7 * size) + 1, size)  # chunks as the probe, so that one program serves both

@@ -129,9 +129,7 @@ def run(config: Config, name: str, seed: int) -> tuple[dict[str, float], np.ndar
     flip = slice(None, None, rng.choice((-1, 1)))
     return {"image": (data.image[rows][:, :, flip] - 0.5) / 0.25, "label": data.label[rows][:, :, flip]}
 
-  kept = train.result.settings(dataclasses.asdict(config) | {"variant": name, "seed": seed})
-  for key in ("workdir", "seeds", "ablation"):
-    kept.pop(key)
+  kept = train.result.settings(config, without=("workdir", "seeds", "ablation"), variant=name, seed=seed)
   state = train.fit(
     learner(config, model),
     batch,

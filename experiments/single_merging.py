@@ -88,11 +88,6 @@ PRESETS = {
 parse = command.parser(PRESETS, __doc__)
 
 
-def kept(config: Config) -> dict[str, Any]:
-  """The settings that a run depends on: its folder serves no others."""
-  return {name: value for name, value in dataclasses.asdict(config).items() if name != "workdir"}
-
-
 def arms(config: Config) -> dict[str, tuple[sm.Schedule, bool]]:
   """Schedule of each arm, and whether clients start alike."""
   n, steps = config.clients, config.rounds * config.steps
@@ -147,14 +142,14 @@ def run(config: Config, name: str, folder: pathlib.Path) -> dict[str, np.ndarray
     at_once=1 if large else 16, test_batch_size=500 if large else None,
   )  # fmt: skip
   jitted = learner._replace(**{k: jax.jit(getattr(learner, k)) for k in ("init", "step", "evaluate")})
-  curves = []
+  curves, kept = [], settings(config, without=("workdir",))
   for seed in range(config.seeds):
     data = sm.streams(training, config.clients, config.alpha, config.size, seed=seed)
     place = folder / name.replace(" ", "_").replace(",", "") / str(seed)
     train.fit(
       jitted, data, steps=config.rounds, workdir=place, key=jax.random.key(seed),
       evaluate_on={**test, "batches": batches(config, training, seed)}, evaluate_every=config.evaluate_every,
-      log_every=1, save_every=config.rounds, config=kept(config), progress=False, tensorboard=False,
+      log_every=1, save_every=config.rounds, config=kept, progress=False, tensorboard=False,
     )  # fmt: skip
     curves.append(train.read_metrics(place))
   found = {k: np.stack([c[f"eval_{k}"][1] for c in curves], 1) for k in ("accuracy", "merged")}

@@ -265,9 +265,9 @@ def fit(
     image, classes = brain.patches(images, label, config.side, config.batch_size, seed=(seed, step))
     return {"image": image, "label": classes}
 
-  kept = train.result.settings(dataclasses.asdict(config) | {"network": name, "seed": seed})
-  for key in ("workdir", "seeds", "memory", "variant", "mirror"):
-    kept.pop(key)
+  kept = train.result.settings(
+    config, without=("workdir", "seeds", "memory", "variant", "mirror"), network=name, seed=seed
+  )
   if start is None:
     kept.pop("transfer_rate")
   state = train.fit(

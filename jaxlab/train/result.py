@@ -8,7 +8,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,13 +150,25 @@ def report(
   rich.print(f"Everything is in {workdir}.")
 
 
-def settings(config: Any) -> dict[str, Any]:
-  """A dataclass or mapping as JSON can hold it; what JSON does not know becomes text."""
+def settings(config: Any, *, without: Sequence[str] = (), **added: Any) -> dict[str, Any]:
+  """Settings as JSON can hold them; what JSON does not know becomes text.
+
+  Args:
+    config: a dataclass or mapping.
+    without: names to leave out, such as of what a run does not depend on.
+    **added: more settings.
+
+  Raises:
+    ValueError: something else than a dataclass or mapping, a name to leave out that is not there.
+  """
   if dataclasses.is_dataclass(config) and not isinstance(config, type):
     config = dataclasses.asdict(config)
   if not isinstance(config, Mapping):
     raise ValueError(f"config: got a {type(config).__name__}, expected a dataclass or a mapping")
-  return json.loads(json.dumps(dict(config), default=str))
+  if unknown := set(without) - set(config):
+    raise ValueError(f"without: got {sorted(unknown)}, expected some of {sorted(config)}")
+  kept = {name: value for name, value in config.items() if name not in without}
+  return json.loads(json.dumps(kept | added, default=str))
 
 
 def _replace(path: Path, text: str) -> None:

@@ -77,6 +77,14 @@ def test_a_finished_result_is_found_by_its_settings(tmp_path, capsys):
   assert result_module.finished_result(tmp_path, Config(rate=0.2)) is None
 
 
+def test_settings_of_a_run():
+  assert result_module.settings(Config(), without=("rate",), seed=3) == {
+    name: value for name, value in result_module.settings(Config()).items() if name != "rate"
+  } | {"seed": 3}
+  with pytest.raises(ValueError, match=r"without: got \['rates'\]"):
+    result_module.settings(Config(), without=("rates",))
+
+
 def test_metrics_as_a_table(tmp_path, capsys):
   result_module.print_metrics(json.loads(write(tmp_path).read_text()))
   printed = capsys.readouterr().out
