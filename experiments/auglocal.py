@@ -188,7 +188,7 @@ def main(config: Config) -> None:
   models, task = networks(config), comparison.cifar10(config)
   tx = config.optimizer(task.steps_per_epoch)
   learners = {name: auglocal.learner(model, tx) for name, model in models.items()}
-  kept = {k: v for k, v in record.items() if k not in ("depths", "seeds", "workdir")}
+  kept = settings(config, without=("depths", "seeds", "workdir"))
   probes: dict[str, list[list[float]]] = {name: [] for name in models}
   readers = {name: probe(model, task) for name, model in models.items()}  # one for all seeds: compiled once
 

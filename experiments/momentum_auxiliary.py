@@ -163,7 +163,7 @@ def main(config: Config) -> None:
     return man.learner(model, tx, given, momentum=config.momentum, mean=images.CIFAR10_MEAN, std=images.CIFAR10_STD)
 
   learners = {name: learner(model) for name, model in models.items()}
-  kept = {k: v for k, v in record.items() if k not in ("modules", "methods", "seeds", "workdir")}
+  kept = settings(config, without=("modules", "methods", "seeds", "workdir"))
   metrics = comparison.measure(learners, task, config, folder, kept)
   draw(metrics, config, folder)
   published = {} if config.preset == "small" else PUBLISHED.get(config.layers, {})

@@ -251,7 +251,7 @@ class Run(NamedTuple):
 def run(config: Config, task: Task, name: str, learner: train.Learner, seed: int) -> Run:
   """Trains, or takes up where the folder's last run ended, and tests."""
   folder = config.workdir / config.dataset / name / f"seed{seed}"
-  kept = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("workdir", "seeds", "ablation", "model")}
+  kept = train.result.settings(config, without=("workdir", "seeds", "ablation", "model"))
   # The validation and test sets that ship with packages are too small to share out.
   mesh = train.mesh() if jax.device_count() > 1 and config.dataset in ("cifar10", "imagenet2012") else None
   state = train.fit(

@@ -277,7 +277,7 @@ def main(config: Config) -> None:
   if result := finished_result(folder, record):
     return print_metrics(result)
   task, space = comparison.cifar10(config), config.space
-  kept = {k: v for k, v in record.items() if k not in ("seeds", "workdir", "random_networks")}
+  kept = settings(config, without=("seeds", "workdir", "random_networks"))
   learner, fit = searcher(config, task.steps_per_epoch // 2), Trained(config, task, kept)
   results = {**kept, "random_networks": config.random_networks}
   seeds = []
