@@ -18,7 +18,6 @@ scores, and the share of pixels that are right.
 import dataclasses
 import pathlib
 import time
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -29,14 +28,13 @@ import optax
 import rich
 import rich.table
 import sklearn.metrics
-import tyro
 
 from jaxlab import train
 from jaxlab.data import aerial, camvid
 from jaxlab.models import cvmh_unet
 from jaxlab.nn.module import precision
 from jaxlab.nn.scan_2d import SS2D
-from jaxlab.train import figures
+from jaxlab.train import command, figures
 
 COMPARED = ("CVMH-UNet", "VM-UNet", "U-Net")
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -326,13 +324,13 @@ def main(config: Config) -> None:
   rich.print(f"{path}\n{draw(config, measured, shown, task)}")
 
 
-def parse(args: Sequence[str] | None = None) -> Config:
-  """The config of a command; the preset and the data give the defaults."""
-  first = tyro.cli(Config, args=args, description=__doc__)
-  default = PRESETS[first.preset]
-  if first.dataset.startswith("aerial"):
-    default = dataclasses.replace(default, height=128, width=128, crop=(128, 128))
-  return tyro.cli(Config, args=args, default=default, description=__doc__)
+def defaults(asked: Config, preset: Config) -> Config:
+  """The preset's, for the data asked for."""
+  square = asked.dataset.startswith("aerial")
+  return dataclasses.replace(preset, height=128, width=128, crop=(128, 128)) if square else preset
+
+
+parse = command.parser(PRESETS, __doc__, defaults)
 
 
 if __name__ == "__main__":

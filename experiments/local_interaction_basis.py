@@ -23,7 +23,7 @@ import os
 import pathlib
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -32,12 +32,12 @@ import matplotlib.collections
 import numpy as np
 import optax
 import rich
-import tyro
 from jaxtyping import Float
 
 from jaxlab import checks, interop, memory, train
 from jaxlab.analysis import local_interaction_basis as lib
 from jaxlab.data import digits, mnist5k
+from jaxlab.train import command
 from jaxlab.train.result import finished_result, once, print_metrics, settings
 
 
@@ -105,15 +105,14 @@ STORED_ACCURACY = [0.99955, 0.99888, 1.0, 0.99978, 1.0]
 WITHIN = 0.001  # of the accuracy
 
 
-def parse(args: Sequence[str] | None = None) -> Config:
-  """The config of a command; preset, network and weights give the defaults."""
-  asked = tyro.cli(Config, args=args, description=__doc__)
-  default = PRESETS["demo"]
+def defaults(asked: Config, preset: Config) -> Config:
+  """The preset's, for the network and weights asked for."""
   if asked.preset == "paper":
-    default = dataclasses.replace(default, preset="paper", **PAPER[asked.network])
-  if asked.weights == "official":
-    default = dataclasses.replace(default, **OFFICIAL)
-  return tyro.cli(Config, args=args, default=default, description=__doc__)
+    preset = Config(preset="paper", **PAPER[asked.network])
+  return dataclasses.replace(preset, **OFFICIAL) if asked.weights == "official" else preset
+
+
+parse = command.parser(PRESETS, __doc__, defaults)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,17 +15,17 @@ communities, each followed by its fans; the protocol is the same on a sample of 
 import dataclasses
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
 import rich
 import scipy.sparse
-import tyro
 
 from jaxlab import train
 from jaxlab.data import networks, synthetic
 from jaxlab.graph.search import minhash_communities as mc
+from jaxlab.train import command
 from jaxlab.train.result import finished_result, print_metrics, settings
 
 OFFICIAL_SEEDS = (451235, 35631241, 2315, 346213456, 134)
@@ -65,13 +65,14 @@ class Config:
 PRESETS = {"demo": Config(), "paper": Config(preset="paper", hashes=1000, bands=500, seeds=30, interval=10)}
 
 
-def parse(args: Sequence[str] | None = None) -> Config:
-  """The config of a command; the preset and the data give the defaults."""
-  first = tyro.cli(Config, args=args, description=__doc__)
-  default = PRESETS[first.preset]
-  if first.preset == "paper" and first.dataset == "fans":
-    default = dataclasses.replace(default, accounts=10**5, edges=2 * 10**6)
-  return tyro.cli(Config, args=args, default=default, description=__doc__)
+def defaults(asked: Config, preset: Config) -> Config:
+  """The preset's, for the data asked for."""
+  if asked.preset == "paper" and asked.dataset == "fans":
+    return dataclasses.replace(preset, accounts=10**5, edges=2 * 10**6)
+  return preset
+
+
+parse = command.parser(PRESETS, __doc__, defaults)
 
 
 def rankings(index: mc.Index, seeds: np.ndarray, size: int, rng: np.random.Generator) -> dict[str, np.ndarray]:

@@ -22,7 +22,7 @@ import functools
 import json
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -32,13 +32,12 @@ import matplotlib
 import numpy as np
 import optax
 import rich
-import tyro
 from jaxtyping import Float
 
 from jaxlab import train
 from jaxlab.data import point_clouds
 from jaxlab.models import parot
-from jaxlab.train import figures
+from jaxlab.train import command, figures
 
 PROTOCOLS: dict[str, tuple[point_clouds.Turn, point_clouds.Turn]] = {
   "z/z": ("z", "z"),
@@ -403,14 +402,15 @@ def main(config: Config) -> None:
   rich.print(f"{path}\n{draw(config, bars, shown)}")
 
 
-def parse(args: Sequence[str] | None = None) -> Config:
-  """The config of a command; the preset and the task give the defaults."""
-  first = tyro.cli(Config, args=args, description=__doc__)
-  default = PRESETS[first.preset]
-  if first.preset == "paper" and first.task == "parts":
+def defaults(asked: Config, preset: Config) -> Config:
+  """The preset's, for the task asked for."""
+  if asked.preset == "paper" and asked.task == "parts":
     # As many epochs of ShapeNetPart's clouds for training and validation.
-    default = dataclasses.replace(default, num_points=2048, clouds=14_007, steps=250 * (14_007 // 32))
-  return tyro.cli(Config, args=args, default=default, description=__doc__)
+    return dataclasses.replace(preset, num_points=2048, clouds=14_007, steps=250 * (14_007 // 32))
+  return preset
+
+
+parse = command.parser(PRESETS, __doc__, defaults)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,15 @@ import tyro
 C = TypeVar("C")
 
 
-def parser(presets: Mapping[str, C], description: str | None) -> Callable[[Sequence[str] | None], C]:
+def parser(
+  presets: Mapping[str, C], description: str | None, adapted: Callable[[C, C], C] = lambda asked, defaults: defaults
+) -> Callable[[Sequence[str] | None], C]:
   """What reads a command: the option `preset` decides where the defaults of all others come from.
 
   Args:
     presets: name -> a dataclass of options with their defaults, among them `preset` with the name.
     description: of the command, for `--help`.
+    adapted: (what was asked for, the preset's defaults) -> the defaults, where these depend on other options too.
 
   Returns:
     Of the arguments, by default those of the process: the options.
@@ -21,7 +24,7 @@ def parser(presets: Mapping[str, C], description: str | None) -> Callable[[Seque
   config: Any = type(next(iter(presets.values())))
 
   def parse(args: Sequence[str] | None = None) -> C:
-    name = tyro.cli(config, args=args, description=description).preset
-    return tyro.cli(config, args=args, default=presets[name], description=description)
+    asked = tyro.cli(config, args=args, description=description)
+    return tyro.cli(config, args=args, default=adapted(asked, presets[asked.preset]), description=description)
 
   return parse
