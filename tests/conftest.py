@@ -29,6 +29,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import hypothesis
+import jax
 import pytest
 
 # Compiling inside a property makes its first example slow; deadlines would only measure that.
@@ -42,3 +43,10 @@ def pytest_collection_modifyitems(items):
   for item in items:
     if item.get_closest_marker("xdist_group") is None:
       item.add_marker(pytest.mark.xdist_group(str(item.path)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+  """A file leaves no compiled programs behind: in a process that holds thousands, compiling another takes twice as long."""
+  yield
+  jax.clear_caches()

@@ -29,7 +29,8 @@ def load(slug):
   scope="module", params=[pytest.param(s, marks=pytest.mark.xdist_group(s.slug), id=s.slug) for s in catalog.done()]
 )
 def system(request):
-  return request.param
+  yield request.param
+  jax.clear_caches()  # as in conftest: the many programs of one system would slow the next
 
 
 @pytest.fixture(scope="module")
