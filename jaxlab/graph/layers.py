@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxlab.graph import sparse, structure
 from jaxlab.graph.gated import gated_mean
+from jaxlab.nn import product
 from jaxlab.nn.dropout import dropout
 from jaxlab.nn.initializers import torch_bias, torch_kernel
 
@@ -56,11 +57,14 @@ class Linear(nn.Module):
     kernel_init = nn.initializers.glorot_uniform() if glorot else torch_kernel
     kernel = self.param("kernel", kernel_init, (fan_in, self.features), self.param_dtype)
     kernel = jnp.asarray(kernel, self.dtype)
-    y = sparse.propagate(x, kernel) if isinstance(x, sparse.Operator) else jnp.asarray(x, self.dtype) @ kernel
+    bias = None
     if self.use_bias:
       bias_init = nn.initializers.zeros if glorot else torch_bias(fan_in)
-      y = y + jnp.asarray(self.param("bias", bias_init, (self.features,), self.param_dtype), self.dtype)
-    return y
+      bias = jnp.asarray(self.param("bias", bias_init, (self.features,), self.param_dtype), self.dtype)
+    if not isinstance(x, sparse.Operator):
+      return product.dense(jnp.asarray(x, self.dtype), kernel, bias)
+    y = sparse.propagate(x, kernel)
+    return y if bias is None else y + bias
 
 
 class Dropout(nn.Module):
