@@ -202,7 +202,11 @@ def edges_required(
   not fall steadily, so that fewer may do as well.
 
   Args:
-    network, graph, layer, x, score: as for `feature_curve`; higher is better.
+    network: as for `feature_curve`, like the next three.
+    graph: of the network.
+    layer: the node layer.
+    x: activations of the first node layer.
+    score: as for `feature_curve`; higher is better.
     tolerance: of the score.
     constant: see `strongest`.
 

@@ -68,8 +68,12 @@ def interaction_graph(
     center: whether features are of centred activations, with one for the constant, which must be last in x.
     threshold: directions of less variance, and features of less importance, are dropped.
     rotate_output: whether the last node layer has its principal components as basis, in place of itself.
-    integration, intervals, batch_size: see `jacobian_gram`; for "(1-alpha)^2" another integration than "gradient".
-    position_sources, feature_sources, key: see there; for "lib" alone.
+    integration: see `jacobian_gram`; for "(1-alpha)^2" another integration than "gradient".
+    intervals: see there.
+    batch_size: see there.
+    position_sources: see there; for "lib" alone.
+    feature_sources: likewise.
+    key: for sources.
 
   Raises:
     ValueError: an argument out of range, one that the method does not know, or a constant that is none.
@@ -152,7 +156,8 @@ def principal(
   """Principal components W = Y U, with x Y = x - m and U the eigenvectors of the Gram matrix.
 
   Args:
-    mean, gram: of `moments`.
+    mean: of `moments`.
+    gram: of `moments`.
     threshold: smaller eigenvalues are dropped.
     center: whether the last coordinate is a constant 1, which then is the first component, by itself.
   """

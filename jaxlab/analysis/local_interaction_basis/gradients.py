@@ -65,7 +65,8 @@ def jacobian_gram(
     x: activations.
     to: C, basis of the next node layer.
     key: for sources.
-    integration, intervals: J is averaged over `nodes` on the line to x.
+    integration: J is averaged over `nodes` on the line to x.
+    intervals: of `nodes`.
     position_sources: random signs to combine outputs t with, in place of all t; None for all.
     feature_sources: as well for i.
     batch_size: examples whose Jacobians are held at once.
@@ -153,7 +154,12 @@ def gradient_gram(
   """The official code's older M' = mean g g^T and Lambda' = mean g x^T, of gradients g of one number at points a x.
 
   Args:
-    section, x, to, integration, intervals, batch_size: as for `jacobian_gram`.
+    section: as for `jacobian_gram`, like all that follows but the formula.
+    x: activations.
+    to: C, basis of the next node layer.
+    integration: where the points are.
+    intervals: of `nodes`.
+    batch_size: examples at once.
     formula: of what: "(1-0)*alpha", f(a x) . f(x); "(1-alpha)^2", -|f(x) - f(a x)|^2.
 
   Raises:
@@ -211,7 +217,11 @@ def edge_weights(
   there are features, whatever the number of positions; or, if those are fewer, a backward pass for each output.
 
   Args:
-    section, x, integration, intervals, batch_size: as for `jacobian_gram`; x^ = x C.
+    section: as for `jacobian_gram`.
+    x: as for `jacobian_gram`; x^ = x C.
+    integration: as for `jacobian_gram`.
+    intervals: likewise.
+    batch_size: likewise.
     basis: C and its pseudoinverse, of x.
     to: C of the next node layer.
 

@@ -64,7 +64,8 @@ class Attention:
   """x + sum_h softmax(q_h k_h^T / sqrt(K)) v_h W_h, each position asks itself and those before it.
 
   Attributes:
-    query, key: [H, D, K], of K features a head; biases are the last row.
+    query: [H, D, K], of K features a head; biases are the last row.
+    key: likewise.
     value: [H, D, K + 1]; the last feature is the 1 again, for the bias of `out`.
     out: [H, K + 1, D].
     last_only: return the last position only, for networks whose answer is read there.
@@ -195,7 +196,8 @@ def dense(
   """A dense layer, folded.
 
   Args:
-    kernel, bias: as `flax.linen.Dense` has them.
+    kernel: as `flax.linen.Dense` has it.
+    bias: likewise.
     activation: of `ACTIVATIONS`.
     last: whether outputs do without a 1, as those of a network.
 
@@ -224,7 +226,9 @@ def attention(
   """x + attention(x), folded.
 
   Args:
-    query, key, value: kernel [D, H, K] and bias [H, K], as `flax.linen.DenseGeneral` has them.
+    query: kernel [D, H, K] and bias [H, K], as `flax.linen.DenseGeneral` has them.
+    key: likewise.
+    value: likewise.
     out: kernel [H, K, D] and bias [D]; each head's constant adds its part of the bias.
     last_only: see `Attention`.
 
@@ -258,10 +262,12 @@ def conv(
   """A convolution, folded.
 
   Args:
-    kernel, bias: as `flax.linen.Conv` has them.
+    kernel: as `flax.linen.Conv` has it.
+    bias: likewise.
     shape: height and width of the images it gets.
     activation: of `ACTIVATIONS`.
-    strides, padding: of the two axes, as flax has them; at most a window's size minus 1 is padded before.
+    strides: of the two axes.
+    padding: of the two axes, as flax has it; at most a window's size minus 1 is padded before.
 
   Raises:
     ValueError: shapes that do not fit, padding of more, an unknown activation.
@@ -289,7 +295,8 @@ def readout(
   """The last dense layer of a network, on flattened positions, folded.
 
   Args:
-    kernel, bias: as `flax.linen.Dense` has them; rows of a position follow each other.
+    kernel: as `flax.linen.Dense` has it; rows of a position follow each other.
+    bias: likewise.
     positions: P, a divisor of the rows.
     activation: of `ACTIVATIONS`.
 

@@ -65,7 +65,10 @@ def branch_and_bound(
   so at the end the bound is the largest over all combinations of phases that they allow, reachable or not.
 
   Args:
-    network, forward, rows, chunk: as for `lipschitz`.
+    network: as for `lipschitz`.
+    forward: likewise.
+    rows: likewise.
+    chunk: likewise.
     heuristic: neuron to split: "area", of the triangles between lines and gate times the coefficient there; "babsr",
       the offset of the lines times the coefficient.
     candidates: so many neurons of highest score are tried for each case, and the one is kept whose worse half is best.

@@ -42,7 +42,8 @@ def monotonicity(
     features: indices into it.
     span: smallest and largest value of a feature.
     output: index of the output, such as the class that is the question.
-    method, chunk: as for `lipschitz`; "interval" for the forward bounds too.
+    method: as for `lipschitz`; "interval" for the forward bounds too.
+    chunk: likewise.
 
   Raises:
     ValueError: an index out of range (of features on the host only), or as for `lipschitz`.

@@ -65,7 +65,9 @@ def optimize(
   outputs; of the intermediate bounds seen on the way every one is kept at its best, so none is looser than `forward`'s.
 
   Args:
-    network, box, chunk: as in `forward`.
+    network: as in `forward`.
+    box: likewise.
+    chunk: likewise.
     label: class whose margins over the others are bounded instead of the outputs.
     steps: of Adam, each of which costs about three times `forward`.
     learning_rate: of the first step.
@@ -215,7 +217,8 @@ def gradients(
     phases: of z_1 to z_{n-1}, as of `relaxation.phase`.
     row: c.
     shape: of x.
-    method, chunk: as in `lipschitz`.
+    method: as in `lipschitz`.
+    chunk: likewise.
     within: bounds of g_0 to g_{n-1} known before, which those found are intersected with.
 
   Returns:
