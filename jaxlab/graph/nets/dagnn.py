@@ -142,6 +142,7 @@ class AdaptivePropagation(nn.Module):
       return (h, total + _gated(g, h)), (h[:, :-1], g[:, 0]) if features else None
 
     first = gate(scored)
+    # Unrolled, since a loop copies every hop into a stack for the gradient, which on CPU takes as long as the hop.
     (_, total), seen = jax.lax.scan(hop, (scored, _gated(first, scored)), length=self.hops, unroll=10)
     total = total[:, :-1]
     if features:
