@@ -147,7 +147,7 @@ def call(kernel: Kernel, results: Sequence[jax.ShapeDtypeStruct], *operands: jax
 
 
 def added(parts: jax.Array) -> jax.Array:
-  """The sum over the first axis, where items left a few large parts: XLA reduces these ten times as slowly."""
+  """The sum over the first axis, of a few large parts or columns: XLA reduces these ten times as slowly."""
   return sum((parts[i] for i in range(1, len(parts))), start=parts[0])
 
 
