@@ -29,8 +29,10 @@ def records(workdir):
   return [{name: value for name, value in line.items() if name != "time"} for line in lines]
 
 
-def test_killed_twenty_times_ends_bit_identical(tmp_path):
-  # Children fork from a server that has imported everything but started no JAX backend: a start costs no import.
+def test_killed_twenty_times_ends_bit_identical(tmp_path, monkeypatch):
+  # Children fork from a server that has imported everything but started no JAX backend: a start costs no import. Before
+  # Python 3.13 the server does not take this process's path, and says nothing of modules it does not find.
+  monkeypatch.setenv("PYTHONPATH", os.path.dirname(digits_run.__file__))
   context = multiprocessing.get_context("forkserver")
   context.set_forkserver_preload(["digits_run", "tensorboardX"])
 
