@@ -2,7 +2,8 @@
 
     python experiments/mend.py                     # minutes on two cores, three seeds
     python experiments/mend.py --preset paper      # the paper's editor recipe on a model of distilGPT-2's size
-    python experiments/mend.py --edits 25 --workdir runs/mend25    # an editor trained to change 25 facts at once
+    # an editor trained to change 25 facts at once
+    python experiments/mend.py --edits 25 --step-size 2e-4 --step-size-rate 4e-5 --workdir runs/mend25
     python experiments/mend.py --ablations 'only x' 'only d'       # editors without a part, also trained and measured
 
 For each seed a decoder language model learns facts about countries in five wordings each. An editor is trained on some
@@ -79,7 +80,7 @@ class Config:
   step_size_rate: float = 1e-3
   """Learning rate of the editor's step sizes."""
   step_size: float = 5e-3
-  """The step sizes at first."""
+  """The step sizes at first. Edits made at once add up: both this and its rate suit one edit, so divide by `edits`."""
   decay: bool = True
   """Both rates fall to zero along a cosine."""
   edit_weight: float = 0.3

@@ -29,9 +29,16 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import functools
+
 import hypothesis
 import jax
 import pytest
+from jax._src.interpreters import mlir
+
+# JAX makes a context for each program that it compiles, and loads all dialects into it: a quarter of the time of a small
+# program. A file's programs share one here.
+mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 # Compiling inside a property makes its first example slow; deadlines would only measure that.
 hypothesis.settings.register_profile("jaxlab", deadline=None, max_examples=20, derandomize=True)
@@ -58,3 +65,4 @@ def _forget_programs():
   """A file leaves no compiled programs: in a process that holds thousands, compiling one more takes twice as long."""
   yield
   jax.clear_caches()
+  mlir.make_ir_context.cache_clear()

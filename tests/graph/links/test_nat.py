@@ -13,7 +13,8 @@ import pytest
 from jaxlab import train
 from jaxlab.data import temporal
 from jaxlab.data.temporal import Batches
-from jaxlab.graph.links import _caches, nat
+from jaxlab.graph.links import nat
+from jaxlab.graph.links.nat import _caches
 
 # ---------------------------------------------------------------------------------------------------- official outputs
 

@@ -1,30 +1,7 @@
-"""PaRot: point clouds described so that turning them changes nothing.
-
-A cloud is cut into local patches (the nearest points of S sampled centres) and seen as a whole from each centre (a few
-points of the cloud, relative to the centre). A small PointNet turns every patch into a feature f and two unit vectors
-that should turn with the patch. Training shows it two random rotations R1, R2 of each patch and asks for vectors
-d1 and d2 = d1 R1^T R2. With their cross product they make a frame O, and what frames say about each other and about an
-offset v does not depend on the orientation of the cloud, by algebra alone:
-
-    pose(O_a, O_b, v) = [||v||, O_a O_b^T, O_a v / ||v||, O_b v / ||v||]              16 numbers
-    l_i = max_j MLP[f_j, f_j - f_i, embed(pose(O_j, O_i, q_j - q_i))]                 j: centres near centre i
-    e   = max_i MLP[l_i, g_i, embed(pose(O^local_i, O^global_i, q_i))]                g: feature of the global patch
-
-`PaRot` classifies e. `PaRotParts` labels points: e goes back to the centres, and from the centres nearest to a point p
-to the point, with [||v||, O^local v / ||v||, O^global v / ||v||], v = p - q.
-
-Zhang et al., "PaRot: Patch-Wise Rotation-Invariant Network via Feature Disentanglement and Pose Restoration", AAAI
-2023, arXiv:2302.02331. So invariance has two sources: poses are invariant exactly, f and the frames as far as they have
-learned to be. Points are rows, rotated as p R. The origin is part of the description: clouds must be centred.
-
-Differs from the official code: where evaluation needs a first point to sample from, it is the one farthest from the
-origin, not a random one, so that evaluation is deterministic; the running variance of batch normalisation is the biased
-one (flax); maps of patches are reduced before the last normalisation and activation, which are monotone, and the first
-layer of the aggregation over neighbours is computed a centre at a time, both the same function at less cost.
-"""
+"""The encoder of patches, the two networks on it, and their training loss."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -33,7 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxlab import checks, interop, train
+from jaxlab import checks, train
+from jaxlab.models.parot.geometry import (
+  direction_loss,
+  frame,
+  normalize,
+  orthogonality_loss,
+  relative_pose,
+  rotate,
+  unrotate,
+)
 from jaxlab.nn.batch_norm import BatchNormAct
 from jaxlab.nn.dropout import dropout
 from jaxlab.nn.module import precision
@@ -72,68 +58,6 @@ class Encoding(NamedTuple):
   pose: Float[Array, "b s 16"]
   frames: tuple[Float[Array, "b s 3 3"], Float[Array, "b s 3 3"]]
   siamese: Siamese | None
-
-
-# ------------------------------------------------------------------------------------------------------------ geometry
-
-
-def rotate(points: Float[Array, "*b k 3"], rotation: Float[Array, "*b 3 3"]) -> Float[Array, "*b k 3"]:
-  """p R of each row p, written out: XLA's products of many small matrices are slow on CPU."""
-  x, y, z = (points[..., i, None] * rotation[..., None, i, :] for i in range(3))
-  return x + y + z
-
-
-def unrotate(points: Float[Array, "*b k 3"], rotation: Float[Array, "*b 3 3"]) -> Float[Array, "*b k 3"]:
-  """p R^T of each row."""
-  return rotate(points, rotation.mT)
-
-
-def normalize(v: Float[Array, "*b 3"]) -> tuple[Float[Array, "*b 3"], Float[Array, "*b 1"]]:
-  """v / max(||v||, 1e-12), and ||v||. A zero vector stays zero and passes no gradient."""
-  square = (v * v).sum(-1, keepdims=True)
-  some = square > 0
-  length = jnp.where(some, jnp.sqrt(jnp.where(some, square, 1)), 0)
-  return jnp.where(some, v, 0) / jnp.where(some, jnp.maximum(length, 1e-12), 1), length
-
-
-def frame(directions: Float[Array, "*b 2 3"], *, differentiable: bool = True) -> Float[Array, "*b 3 3"]:
-  """Rows d1, d2 and the direction of d1 x d2. Orthonormal only as far as d1 and d2 are.
-
-  Args:
-    directions: unit vectors.
-    differentiable: whether gradients pass the cross product; aggregation between scales stops them.
-  """
-  third = normalize(jnp.cross(directions[..., 0, :], directions[..., 1, :]))[0][..., None, :]
-  return jnp.concatenate([directions, third if differentiable else jax.lax.stop_gradient(third)], -2)
-
-
-def relative_pose(
-  first: Float[Array, "*b 3 3"], second: Float[Array, "*b 3 3"], offset: Float[Array, "*b 3"]
-) -> Float[Array, "*b 16"]:
-  """[||v||, O_a O_b^T by rows, O_a v^, O_b v^]: unchanged when frames and offset turn together. A reflection of the
-  cloud changes it, since frames are right-handed."""
-  unit, length = normalize(offset)
-  between = (first[..., :, None, :] * second[..., None, :, :]).sum(-1)
-  seen = [(f * unit[..., None, :]).sum(-1) for f in (first, second)]
-  return jnp.concatenate([length, between.reshape(*between.shape[:-2], 9), *seen], -1)
-
-
-def direction_loss(
-  directions1: Float[Array, "*b 2 3"],
-  directions2: Float[Array, "*b 2 3"],
-  rotation1: Float[Array, "*b 3 3"],
-  rotation2: Float[Array, "*b 3 3"],
-) -> Float[Array, ""]:
-  """L_dir: mean of (d1 - d2 R2^T R1)^2 over all entries. Zero where the directions turn with the patch."""
-  return jnp.mean((directions1 - rotate(unrotate(directions2, rotation2), rotation1)) ** 2)
-
-
-def orthogonality_loss(directions: Float[Array, "*b 2 3"]) -> Float[Array, ""]:
-  """L_orth: mean squared dot product of a patch's two directions: 0 for orthogonal, 1 for parallel ones."""
-  return jnp.mean((directions[..., 0, :] * directions[..., 1, :]).sum(-1) ** 2)
-
-
-# -------------------------------------------------------------------------------------------------------------- layers
 
 
 class MLP(nn.Module):
@@ -499,92 +423,3 @@ def objective(
     return value, metrics
 
   return loss
-
-
-# The published networks.
-
-
-def classifier(num_classes: int = 40, **overrides: Any) -> PaRot:
-  """For 1024 points; 1,630,888 parameters with 40 classes."""
-  return PaRot(**{"num_classes": num_classes, **overrides})
-
-
-def segmenter(num_parts: int = 50, num_categories: int = 16, **overrides: Any) -> PaRotParts:
-  """For 2048 points; 1,534,738 parameters with ShapeNet's 50 parts of 16 categories."""
-  return PaRotParts(**{"num_parts": num_parts, "num_categories": num_categories, **overrides})
-
-
-# -------------------------------------------------------------------------------------------------------------- weights
-
-
-def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-  """Official weights of either network as flax variables. Segmentation weights belong to `centre_quirk=True`.
-
-  Args:
-    state_dict: official names -> NumPy arrays or tensors.
-
-  Returns:
-    {"params", "batch_stats"}.
-
-  Raises:
-    ValueError: names missing, left over or misshaped, all in one message.
-  """
-  return interop.variables(state_dict, weight_table(parts=any("pt_fp2" in name for name in state_dict)))
-
-
-def weight_table(*, parts: bool) -> dict[str, interop.Rule]:
-  """Which official tensor is which variable. Args: parts, for segmentation. Returns flax path -> rule."""
-  table: dict[str, interop.Rule] = {}
-
-  def layers(path: str, pairs: Sequence[tuple[str, str]], spatial: int) -> None:
-    for i, (dense, norm) in enumerate(pairs, start=1):
-      table[f"params/{path}/dense{i}"] = interop.dense(dense, bias=False, spatial=spatial)
-      table[f"params/{path}/norm{i}"] = interop.batch_norm(norm)
-
-  def sequence(path: str, name: str, count: int, spatial: int = 0) -> None:
-    """Of convolution, norm and activation in turn."""
-    layers(path, [(f"{name}.{3 * i}", f"{name}.{3 * i + 1}") for i in range(count)], spatial)
-
-  for scope, official in (("local", "local_enc"), ("world", "global_enc")):
-    inner, net = f"encoder/{scope}", f"{official}.disNet"
-    sequence(f"{inner}/points", f"{net}.pn_encoder", 3, spatial=1)
-    sequence(f"{inner}/feature", f"{net}.inv_encoder", 2)
-    for i in (1, 2):
-      sequence(f"{inner}/direction{i}", f"{net}.equi_encoder{i}", 2)
-      table[f"params/{inner}/direction{i}_out"] = interop.dense(f"{net}.equi_encoder{i}.6", bias=False)
-  intra = "local_enc.intra_layer"
-  table["params/encoder/neighbor_pose/dense1/kernel"] = interop.raw(f"{intra}.pos.weight", _pose_in, _pose_out)
-  table["params/encoder/neighbor_pose/norm1"] = interop.batch_norm(f"{intra}.bnpos")
-  table["params/encoder/neighbor_edge"] = interop.dense(f"{intra}.conv1", bias=False, spatial=2)
-  table["params/encoder/neighbor_mlp/norm0"] = interop.batch_norm(f"{intra}.bn1")
-  layers("encoder/neighbor_mlp", [(f"{intra}.conv{i}", f"{intra}.bn{i}") for i in (2, 3)], spatial=2)
-  sequence("scale_pose", "classifier.posembed", 1, spatial=1)
-  sequence("scale_mlp", "classifier.encoder" if parts else "classifier.inter_layer", 3, spatial=1)
-  if not parts:
-    for i, place in ((1, 0), (2, 4)):  # dropout stands between
-      layers(f"head{i}", [(f"classifier.cls.{place}", f"classifier.cls.{place + 1}")], spatial=0)
-    table["params/logits"] = interop.dense("classifier.cls.8")
-    return table
-  down, up = "classifier.pt_fp1", "classifier.pt_fp2"
-  sequence("centre_pose", f"{down}.posembed", 1, spatial=1)
-  sequence("point_pose", f"{up}.posembed", 1, spatial=2)
-  for path, name, count, spatial in (("centre", down, 2, 1), ("point", up, 3, 2)):
-    table[f"params/{path}_joint"] = interop.dense(f"{name}.backbone.Conv_0", bias=False, spatial=spatial)
-    table[f"params/{path}_mlp/norm0"] = interop.batch_norm(f"{name}.backbone.Bn_0")
-    pairs = [(f"{name}.backbone.Conv_{i}", f"{name}.backbone.Bn_{i}") for i in range(1, count)]
-    layers(f"{path}_mlp", pairs, spatial)
-  layers("head", [("classifier.convex", "classifier.bnex"), ("classifier.conv1", "classifier.bn1")], spatial=1)
-  table["params/logits"] = interop.dense("classifier.cls", spatial=1)
-  return table
-
-
-# Between neighbours the official order is [O_j O_i^T (9), O_i v^ (3), O_j v^ (3), ||v||].
-_POSE = np.array([15, *range(9), 12, 13, 14, 9, 10, 11])
-
-
-def _pose_in(w: np.ndarray) -> np.ndarray:
-  return w.reshape(w.shape[:2]).T[_POSE]
-
-
-def _pose_out(kernel: np.ndarray) -> np.ndarray:
-  return kernel[np.argsort(_POSE)].T[..., None, None]

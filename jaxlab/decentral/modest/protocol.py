@@ -1,26 +1,4 @@
-"""MoDeST: federated averaging without a server, where a hash says who trains and who averages in each round.
-
-    S^k = the first s ids that answer, of order(k) = ids sorted by MD5(id || "-" || k)
-    trainers of round k: S^k;    aggregators of round k: the first a of S^{k+1};    w^{k+1} = mean of the trained models
-
-De Vos, Dhasade, Kermarrec et al., "MoDeST: Bridging the Gap between Federated and Decentralized Learning with
-Decentralized Sampling", 2023, arXiv:2302.13837. Symbols: s is `sample_size`, a `num_aggregators`, sf `success_fraction`
-(of s models an aggregator waits for), Delta_k `inactivity` (rounds after which a silent node is no longer sampled).
-
-Every node keeps a view (id -> last round it was active, last membership event). Views travel with the models and form a
-join-semilattice under `merge`, so that nodes agree on samples without coordination.
-
-Two parts, since what is learnt does not steer the protocol. `simulate` is the protocol on the host: an event loop with
-a clock, latencies, crashes, leaves and joins; its `Trace` says who trained which model and who averaged whose. The
-`learner` runs the rounds of a trace on a device, all trainers of a round in one vmapped computation. A trace without
-failures is FedAvg with those samples.
-
-Differs from the code of February 2023: merging keeps the later of two activities and the later of two events
-separately (as later versions do; there, an event overwrote the activity with its counter). Every model takes the same
-time to send; bandwidth is not shared. `timeout` is of later versions: an aggregator then makes do with what it has.
-Not provided: what later versions do besides (acknowledgements, aggregators that pass on their models when they leave,
-the fastest node as the aggregator), the measured latencies of 227 sites, gossip learning as a baseline.
-"""
+"""The protocol on the host: an event loop with a clock, latencies, crashes, leaves and joins."""
 
 import collections
 import dataclasses
@@ -29,23 +7,17 @@ import heapq
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
-import flax
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Float
 
-from jaxlab import checks, interop
-from jaxlab.decentral import gossip, partition, simulator
-from jaxlab.train import Batch, Learner, Metrics
+from jaxlab import checks
 
 Change = Literal["join", "leave"]
 Happening = Literal["crash", "leave", "join"]
 NO_ACTIVITY = -1
 
 
-# ------------------------------------------------------------------------------------------------------- host: samples
+# ------------------------------------------------------------------------------------------------------------- samples
 
 
 class Entry(NamedTuple):
@@ -98,7 +70,7 @@ def node_id(i: int) -> bytes:
   return b"peer-%02d" % i
 
 
-# ------------------------------------------------------------------------------------------------------ host: protocol
+# ------------------------------------------------------------------------------------------------------------ protocol
 
 
 @dataclasses.dataclass(frozen=True)
@@ -478,209 +450,3 @@ def _absent(events: Sequence[Event]) -> set[int]:
 
 def _number(node: bytes) -> int:
   return int(node[5:])
-
-
-# ------------------------------------------------------------------------------------------------- device: the learner
-
-
-class Plan(NamedTuple):
-  """A trace as arrays; a batch of `learner`.
-
-  Attributes:
-    clients: data of the N nodes.
-    ids: [R, S] trainers of each round; unused places repeat the first.
-    source: [R, S] which of the last round's averages each trains.
-    weights: [R, A, S] the averages, rows of trainers' shares.
-    sent: [R] models sent.
-  """
-
-  clients: partition.Clients
-  ids: Int[Any, "r s"]
-  source: Int[Any, "r s"]
-  weights: Float[Any, "r a s"]
-  sent: Int[Any, " r"]
-
-
-def plan(trace: Trace, clients: partition.Clients) -> Plan:
-  """Host. The rounds of a trace; only trainers whose models were averaged count."""
-  rounds = len(trace.averaged)
-  if not rounds:
-    raise ValueError("trace: got no rounds, expected at least one")
-  used = [sorted({i for senders in a.values() for i in senders}) for a in trace.averaged]
-  most, averages = max(map(len, used)), max(map(len, trace.averaged))
-  ids, source = np.zeros((rounds, most), np.int32), np.zeros((rounds, most), np.int32)
-  weights = np.zeros((rounds, averages, most), np.float32)
-  for k, (nodes, aggregates) in enumerate(zip(used, trace.averaged, strict=True)):
-    ids[k] = nodes[0]
-    ids[k, : len(nodes)] = nodes
-    before = list(trace.averaged[k - 1]) if k else [-1]
-    source[k, : len(nodes)] = [before.index(trace.trained[k][i]) for i in nodes]
-    for row, senders in zip(weights[k], aggregates.values(), strict=False):
-      row[[nodes.index(i) for i in senders]] = 1 / len(senders)
-  if ids.max() >= clients.num_clients:
-    raise ValueError(f"clients: got {clients.num_clients}, expected data of node {ids.max()} too")
-  return Plan(clients, ids, source, weights, np.asarray(trace.models, np.int32))
-
-
-@flax.struct.dataclass
-class Rounds:
-  """State of `learner`.
-
-  Attributes:
-    round: rounds done.
-    models: [A, ...] averages of the last round; the first is the one that was made first.
-    key: randomness of the run.
-    sent: models transferred so far.
-  """
-
-  round: Int[Array, ""]
-  models: PyTree
-  key: Key[Array, ""]
-  sent: Int[Array, ""]
-
-
-def learner(local: Learner, work: simulator.Work) -> Learner:
-  """The rounds of a plan: trainers take an average of the round before, train, and are averaged, all equally.
-
-  Args:
-    local: the learner of one node; its optimizer starts afresh in each round.
-    work: of a trainer; one epoch of minibatches of 20 in the paper.
-
-  Returns:
-    A learner on a `Plan`, for at most its number of rounds. Metrics of a round: `loss` and `sent`. `evaluate` is of the
-    first average. Without failures it has the numbers of `simulator.federated(..., by_size=False)` on these samples.
-  """
-
-  def init(key: Key[Array, ""], batch: Plan) -> Rounds:
-    first, second = jax.random.split(key)
-    states = simulator.start(local, first, batch.clients)
-    one = jax.tree.map(lambda leaf: leaf[:1], states.variables)
-    zero, a = jnp.zeros((), jnp.int32), batch.weights.shape[1]
-    return Rounds(zero, jax.tree.map(lambda leaf: jnp.repeat(leaf, a, axis=0), one), second, zero)
-
-  def step(state: Rounds, batch: Plan) -> tuple[Rounds, Metrics]:
-    ids, source, weights, sent = (jnp.asarray(x)[state.round] for x in batch[1:])
-    mine = simulator.chosen(batch.clients, ids)
-    keys = simulator.client_keys(jax.random.split(state.key, 3)[1], state.round, ids)
-    received = jax.tree.map(lambda leaf: leaf[source], state.models)
-    states = jax.vmap(local.init, (0, None))(keys, simulator.example(batch.clients))
-    params = received.pop("params")
-    states, metrics = simulator.train_clients(
-      local, dataclasses.replace(states, params=params, collections=received), mine, keys, work
-    )
-    models = gossip.mix(weights, states.variables)
-    share = jnp.max(weights, axis=0) > 0
-    loss = jnp.sum(metrics["loss"] * share) / jnp.sum(share)
-    total = state.sent + sent
-    return Rounds(state.round + 1, models, state.key, total), {"loss": loss, "sent": total}
-
-  def evaluate(state: Rounds, test: Batch) -> Metrics:
-    return simulator.evaluate_model(local, jax.tree.map(lambda leaf: leaf[0], state.models), test)
-
-  return Learner(init, step, evaluate)
-
-
-# --------------------------------------------------------------------------------------------------------- its networks
-
-
-class GNLeNet(nn.Module):
-  """LeNet with group normalisation for 32x32 images. The first block pools before it normalises, the others after.
-
-  Attributes:
-    num_classes: C.
-    dtype: of the computation.
-    param_dtype: of the weights.
-  """
-
-  num_classes: int = 10
-  dtype: jax.typing.DTypeLike = "float32"
-  param_dtype: jax.typing.DTypeLike = "float32"
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "b h w c"], *, train: bool = False) -> Float[Array, "b k"]:
-    """Log-probabilities [B, C] of images [B, 32, 32, 3]."""
-    kind: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    for i, width in enumerate((32, 32, 64)):
-      norm = nn.GroupNorm(2, epsilon=1e-5, name=f"norm{i}", **kind)
-      x = nn.Conv(width, (5, 5), padding=2, name=f"conv{i}", **kind)(x)
-      x = norm(nn.max_pool(x, (3, 3), (2, 2))) if i == 0 else nn.max_pool(norm(x), (3, 3), (2, 2))
-      x = nn.relu(x)
-    logits = nn.Dense(self.num_classes, name="classifier", **kind)(_channels_first(x))
-    return jax.nn.log_softmax(logits.astype(jnp.float32)).astype(self.dtype)
-
-
-class FEMNIST(nn.Module):
-  """The network for 28x28 characters of 62 classes."""
-
-  num_classes: int = 62
-  dtype: jax.typing.DTypeLike = "float32"
-  param_dtype: jax.typing.DTypeLike = "float32"
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "b h w c"], *, train: bool = False) -> Float[Array, "b k"]:
-    """Logits [B, C] of images [B, 28, 28, 1]."""
-    kind: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    for i, width in enumerate((32, 64)):
-      x = nn.max_pool(nn.Conv(width, (5, 5), padding=2, name=f"conv{i}", **kind)(x), (2, 2), (2, 2))
-      x = nn.relu(x)
-    x = nn.relu(nn.Dense(512, name="hidden", **kind)(_channels_first(x)))
-    return nn.Dense(self.num_classes, name="classifier", **kind)(x)
-
-
-class CelebA(nn.Module):
-  """The network for 84x84 faces of two classes."""
-
-  num_classes: int = 2
-  dtype: jax.typing.DTypeLike = "float32"
-  param_dtype: jax.typing.DTypeLike = "float32"
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "b h w c"], *, train: bool = False) -> Float[Array, "b k"]:
-    """Logits [B, C] of images [B, 84, 84, 3]."""
-    kind: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    for i in range(4):
-      x = nn.relu(nn.max_pool(nn.Conv(32, (3, 3), name=f"conv{i}", **kind)(x), (2, 2), (2, 2)))
-    return nn.Dense(self.num_classes, name="classifier", **kind)(_channels_first(x))
-
-
-class Factorization(nn.Module):
-  """Ratings as products of factors of users and items (MovieLens: 610 users, 9,724 items, rank 20).
-
-  Attributes:
-    users: how many.
-    items: how many.
-    rank: of the factors.
-    param_dtype: of the weights.
-  """
-
-  users: int = 610
-  items: int = 9724
-  rank: int = 20
-  param_dtype: jax.typing.DTypeLike = "float32"
-
-  @nn.compact
-  def __call__(self, pairs: Int[Array, "b 2"], *, train: bool = False) -> Float[Array, " b"]:
-    """Ratings [B] of (user, item), numbers from 0. Traced numbers cannot be checked: unknown ones rate NaN."""
-    if not isinstance(pairs, jax.core.Tracer):
-      for name, known, found in (("users", self.users, pairs[:, 0]), ("items", self.items, pairs[:, 1])):
-        if len(found) and not 0 <= int(found.min()) <= int(found.max()) < known:
-          raise ValueError(f"pairs: got {name} {found.min()} to {found.max()}, expected 0 to {known - 1}")
-    init = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -0.05, 0.05)
-    user = nn.Embed(self.users, self.rank, embedding_init=init, param_dtype=self.param_dtype, name="users_")
-    item = nn.Embed(self.items, self.rank, embedding_init=init, param_dtype=self.param_dtype, name="items_")
-    return jnp.sum(user(pairs[:, 0]) * item(pairs[:, 1]), axis=-1)
-
-
-def from_torch(state_dict: dict[str, Any]) -> dict[str, Any]:
-  """Official weights of the GN-LeNet as flax variables."""
-  rules: dict[str, Any] = {"params/classifier": interop.dense("classifier.0")}
-  # Layers are numbered through, and the first block pools before it normalises.
-  for i, (conv, norm) in enumerate(((0, 2), (4, 5), (8, 9))):
-    rules[f"params/conv{i}"] = interop.conv(f"features.{conv}")
-    rules[f"params/norm{i}"] = interop.norm(f"features.{norm}")
-  return interop.variables(state_dict, rules)
-
-
-def _channels_first(x: Float[Array, "b h w c"]) -> Float[Array, "b chw"]:
-  """Flat, in the order in which the official classifier reads them."""
-  return jnp.transpose(x, (0, 3, 1, 2)).reshape(x.shape[0], -1)
