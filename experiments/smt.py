@@ -29,7 +29,7 @@ import rich.table
 import sklearn.linear_model
 
 from jaxlab import memory, train
-from jaxlab.data import augment, digits, imagenet, images, mnist5k
+from jaxlab.data import augment, digits, imagenet, images, mnist5k, reading
 from jaxlab.models import smt
 from jaxlab.train import command, figures
 
@@ -218,7 +218,8 @@ def load_imagenet(config: Config, process: dict[str, Any]) -> Task:
     return {"image": images.normalize(pixels, mean, std), "label": np.int32(example["label"])}
 
   test = grain.MapDataset.source(held_out)[process["shard_index"] :: process["shard_count"]][:per_process]
-  test = test.map(prepare).batch(1000).to_iter_dataset()  # 50 batches, which 2, 4, 5 or 8 devices share evenly
+  # 50 batches, which 2, 4, 5 or 8 devices share evenly.
+  test = test.map(prepare).batch(1000).to_iter_dataset(reading.READ_AHEAD)
 
   def batches(seed: int) -> grain.DatasetIterator:
     change = functools.partial(imagenet.train_crop, size=config.size)

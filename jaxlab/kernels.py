@@ -37,7 +37,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
-from numba.np.unsafe.ndarray import to_fixed_tuple
+from numba.np import arrayobj
 
 # Positions, in words, inside the structures of c_api.h.
 _FRAME_EXTENSION, _FRAME_API, _FRAME_CONTEXT = 1, 2, 3
@@ -217,16 +217,6 @@ def words(typing_context, address):
 
 
 @intrinsic
-def _pointer(typing_context, address, dtype):
-  result = types.CPointer(dtype.dtype)
-
-  def codegen(context, builder, signature, args):
-    return builder.inttoptr(args[0], context.get_value_type(result))
-
-  return result(_word, dtype), codegen
-
-
-@intrinsic
 def fetch_add(typing_context, address, amount):
   """Adds atomically; returns the value before."""
 
@@ -278,22 +268,35 @@ _free = types.ExternalFunction("free", types.void(_word))
 _yield = types.ExternalFunction("sched_yield", types.int32())
 
 
-@numba.njit(inline="always")
-def _view(buffer, dtype, rank):
-  shape = to_fixed_tuple(numba.carray(_pointer(words(buffer)[_BUFFER_DIMENSIONS], _word), (rank,)), rank)
-  return numba.carray(_pointer(words(buffer)[_BUFFER_DATA], dtype), shape)
+def _view(end):
+  @intrinsic(prefer_literal=True)
+  def view(typing_context, frame, position, dtype, rank):
+    result = types.Array(dtype.dtype, rank.literal_value, "C")
+
+    def codegen(context, builder, signature, args):
+      word = ir.IntType(64)
+
+      def at(address, i):
+        return builder.load(builder.gep(builder.inttoptr(address, word.as_pointer()), [word(i)]))
+
+      buffer = at(at(args[0], end), position.literal_value)
+      shape = [at(at(buffer, _BUFFER_DIMENSIONS), i) for i in range(result.ndim)]
+      size = context.get_abi_sizeof(context.get_data_type(result.dtype))
+      strides = [word(size)]
+      for length in shape[:0:-1]:
+        strides.insert(0, builder.mul(strides[0], length))
+      array = arrayobj.make_array(result)(context, builder)
+      data = builder.inttoptr(at(buffer, _BUFFER_DATA), array.data.type)
+      arrayobj.populate_array(array, data, shape, strides[: len(shape)], word(size), None)
+      return array._getvalue()
+
+    return result(frame, position, dtype, rank), codegen
+
+  return view
 
 
-@numba.njit(inline="always")
-def operand(frame, position, dtype, rank):
-  """Inside a kernel: view of an operand; `dtype` and `rank` are constants."""
-  return _view(words(words(frame)[_FRAME_OPERANDS])[position], dtype, rank)
-
-
-@numba.njit(inline="always")
-def result(frame, position, dtype, rank):
-  """Inside a kernel: view of a result; `dtype` and `rank` are constants."""
-  return _view(words(words(frame)[_FRAME_RESULTS])[position], dtype, rank)
+operand, result = _view(_FRAME_OPERANDS), _view(_FRAME_RESULTS)
+"""Inside a kernel, (frame, position, dtype, rank): the operand or result there; all but the frame are constants."""
 
 
 # Kernels see bfloat16, which numba does not have, as `types.uint16`: the upper halves of float32 numbers.

@@ -36,8 +36,8 @@ import jax
 import pytest
 from jax._src.interpreters import mlir
 
-# JAX makes a context for each program that it compiles, and loads all dialects into it: a quarter of the time of a small
-# program. A file's programs share one here.
+# JAX makes a context for each program that it compiles, and loads all dialects into it: a quarter of the time of small
+# programs. Those of a file share one here.
 mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 # Compiling inside a property makes its first example slow; deadlines would only measure that.

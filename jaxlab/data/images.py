@@ -20,6 +20,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import Float, Shaped, UInt8
 
 from jaxlab import checks
+from jaxlab.data import reading
 from jaxlab.data.arrays import Images
 
 # Of the training pixels after scaling to [0, 1].
@@ -214,10 +215,7 @@ def batches(
     dataset = dataset.random_map(functools.partial(_augmented, augment))
   dataset = dataset.map(functools.partial(_finished, size)).batch(batch_size, drop_remainder=drop_remainder)
   dataset = dataset.map(lambda batch: {**batch, "image": normalize(batch["image"], mean, std)}).repeat(epochs)
-  # The buffer counts whole batches.
-  return iter(
-    dataset.to_iter_dataset(grain.ReadOptions(num_threads=min(8, os.cpu_count() or 1), prefetch_buffer_size=8))
-  )
+  return reading.opened(dataset)
 
 
 def normalize(

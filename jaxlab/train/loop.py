@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Key, PyTree
 
 from jaxlab import checks, memory
+from jaxlab.data import reading
 from jaxlab.train import parallel
 from jaxlab.train.checkpoint import Checkpoints
 from jaxlab.train.learner import Batch, Learner, Metrics, State
@@ -142,7 +143,7 @@ def fit(
         if evaluates:
           evaluation: Mapping[str, Any]
           if _several(evaluate_on):
-            evaluation = _mean(evaluate, state, map(place, evaluate_on))
+            evaluation = _mean(evaluate, state, map(place, reading.opened(evaluate_on)))
           else:
             evaluation = evaluate(state, evaluate_on)
           logs.record(step, {f"eval_{name}": value for name, value in evaluation.items()})
@@ -168,7 +169,7 @@ class _Source:
     self._first: Batch = None
     self.iterator: Any = None
     if isinstance(batches, _DATASETS):
-      self.iterator = iter(batches)
+      self.iterator = reading.opened(batches)
     elif isinstance(batches, _ITERATORS):
       self.iterator = batches
     elif callable(batches):

@@ -4,6 +4,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import numpy as np
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -36,3 +39,20 @@ class Case:
   num_nodes: int = 0
   reorder: Callable[[Any, Any], Any] = lambda outputs, order: outputs[order]
   tolerance: float = 2e-5
+
+
+def drawn(init: Callable, *inputs: Any, seed: int = 0) -> Any:
+  """Variables of the shapes that `init` makes; to compile it would take longer than most of the contract.
+
+  Matrices and filters are normal with a deviation of fan-in^(-1/2), scales and variances uniform in [0.5, 1.5], and all
+  else normal with a deviation of 0.3, so that nothing is 0.
+  """
+  rng = np.random.default_rng(seed)
+
+  def draw(path: Any, leaf: Any) -> np.ndarray:
+    if path[-1].key in ("scale", "var"):
+      return rng.uniform(0.5, 1.5, leaf.shape).astype(leaf.dtype)
+    deviation = np.prod(leaf.shape[:-1]) ** -0.5 if len(leaf.shape) > 1 else 0.3
+    return (deviation * rng.standard_normal(leaf.shape)).astype(leaf.dtype)
+
+  return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(init, jax.random.key(0), *inputs))

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from jaxlab import train
+from jaxlab.data import reading
 
 pytestmark = pytest.mark.xdist_group("runs")  # long: the larger a group, the earlier it begins
 
@@ -109,8 +110,8 @@ def loader():
     lambda: batch_at,
     lambda: batch_at(0),
     dataset,
-    lambda: iter(dataset()),
-    lambda: dataset().to_iter_dataset(),
+    lambda: reading.opened(dataset()),
+    lambda: dataset().to_iter_dataset(reading.READ_AHEAD),
     loader,
     lambda: iter(loader()),
   ],
@@ -122,6 +123,13 @@ def test_restart_at_every_kind_of_position_is_bit_identical(tmp_path, batches):
   fit(tmp_path / "parts", 7, batches())
   same(fit(tmp_path / "parts", 11, batches()), whole)
   assert without_time(tmp_path / "parts") == without_time(tmp_path / "whole")
+
+
+def test_a_dataset_is_read_few_batches_ahead(tmp_path):
+  read = []
+  batches = grain.MapDataset.range(10_000).map(lambda i: read.append(i) or {"x": np.full(3, i, np.float32)})
+  fit(tmp_path, 2, batches)
+  assert 2 <= len(read) < 40
 
 
 def test_crash_between_checkpoints_repeats_no_log_line(tmp_path):

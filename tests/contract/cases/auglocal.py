@@ -1,6 +1,6 @@
 import jax
 import numpy as np
-from contract_case import Case
+from contract_case import Case, drawn
 
 from jaxlab.learning import auglocal, local
 from jaxlab.models.backbones import cifar
@@ -17,7 +17,7 @@ def model(**changes):
   return auglocal.AugLocal(**{"backbone": BACKBONE, "num_classes": 5, "depth": 1} | changes)
 
 
-VARIABLES = jax.jit(model().init)(jax.random.key(0), inputs(0))
+VARIABLES = drawn(model().init, inputs(0))
 
 
 def apply(**changes):

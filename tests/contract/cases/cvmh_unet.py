@@ -1,6 +1,6 @@
 import jax
 import numpy as np
-from contract_case import Case
+from contract_case import Case, drawn
 
 from jaxlab.models import cvmh_unet
 
@@ -17,16 +17,7 @@ def model(**changes):
   return cvmh_unet.CVMHUNet(**shape | changes)
 
 
-def start(shape):
-  """Random weights: compiling the network's own start takes longer than all that the contract does with it."""
-  rng = np.random.default_rng(0)
-  draw = lambda path, s: (
-    rng.uniform(0.5, 1.5, s.shape) if path[-1].key in ("var", "scale") else 0.1 * rng.standard_normal(s.shape)
-  )
-  return jax.tree_util.tree_map_with_path(lambda *a: draw(*a).astype("float32"), shape)
-
-
-VARIABLES = start(jax.eval_shape(model().init, jax.random.key(0), inputs(0)))
+VARIABLES = drawn(model().init, inputs(0))
 
 
 def apply(**changes):

@@ -1,6 +1,6 @@
 import jax
 import numpy as np
-from contract_case import Case
+from contract_case import Case, drawn
 
 from jaxlab.graph import sparse, structure
 from jaxlab.graph.nets import dagnn
@@ -45,7 +45,7 @@ def init(graph, **changes):
 GRAPH = inputs(0)
 CASE = Case(
   function=apply(),
-  params=jax.jit(model().init)(jax.random.key(0), GRAPH)["params"],
+  params=drawn(model().init, GRAPH)["params"],
   inputs=inputs,
   narrow=apply(dtype="bfloat16"),
   pad=lambda graph: structure.pad(graph, nodes=16, edges=80),

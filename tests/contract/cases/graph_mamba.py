@@ -1,7 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from contract_case import Case
+from contract_case import Case, drawn
 
 from jaxlab.graph import structure, tokens
 from jaxlab.graph.nets import graph_mamba
@@ -36,7 +36,7 @@ def model(**changes):
 
 
 INPUTS = build(0)
-VARIABLES = jax.jit(lambda key, graph, sub: model().init(key, graph, sub))(jax.random.key(0), *INPUTS[:2])
+VARIABLES = drawn(model().init, *INPUTS[:2])
 
 
 def apply(**changes):

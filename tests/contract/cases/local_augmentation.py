@@ -1,7 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from contract_case import Case
+from contract_case import Case, drawn
 
 from jaxlab.graph import sparse, structure
 from jaxlab.graph.nets import local_augmentation as la
@@ -59,7 +59,7 @@ def cvae(call, **changes):
 GRAPH, GENERATED = inputs(0)
 CASE = Case(
   function=apply(),
-  params=jax.jit(model().init)(jax.random.key(0), GRAPH, GENERATED)["params"],
+  params=drawn(model().init, GRAPH, GENERATED)["params"],
   inputs=inputs,
   narrow=apply(dtype="bfloat16"),
   pad=pad,

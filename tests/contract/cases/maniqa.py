@@ -1,6 +1,6 @@
 import jax
 import numpy as np
-from contract_case import Case
+from contract_case import Case, drawn
 
 from jaxlab.models import maniqa
 
@@ -16,7 +16,7 @@ def model(**changes):
   return maniqa.MANIQA(**shape | {"depths": (1,), "stage_heads": (2,), "window": 2, "mlp_width": 8} | changes)
 
 
-VARIABLES = jax.jit(model().init)(jax.random.key(0), inputs(0))
+VARIABLES = drawn(model().init, inputs(0))
 
 
 def apply(**changes):

@@ -1,6 +1,6 @@
 import jax
 import numpy as np
-from contract_case import Case
+from contract_case import Case, drawn
 
 from jaxlab.learning import local
 from jaxlab.learning import momentum_auxiliary as man
@@ -19,7 +19,7 @@ def model(**changes):
   return man.MomentumAuxiliary(**{"backbone": BACKBONE, "num_classes": 5} | shape | changes)
 
 
-VARIABLES = jax.jit(model().init)(jax.random.key(0), inputs(0))
+VARIABLES = drawn(model().init, inputs(0))
 
 
 def apply(**changes):

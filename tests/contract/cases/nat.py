@@ -1,7 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from contract_case import Case
+from contract_case import Case, drawn
 
 from jaxlab.data.temporal import Batches
 from jaxlab.graph.links import nat
@@ -61,7 +61,7 @@ GIVEN = inputs(0)
 first = jax.tree.map(lambda a: a[0], GIVEN["batches"])
 CASE = Case(
   function=apply(),
-  params=jax.jit(model().init)(jax.random.key(0), nat.reset(model(), NODES), GIVEN["tables"], first)["params"],
+  params=drawn(model().init, nat.reset(model(), NODES), GIVEN["tables"], first)["params"],
   inputs=inputs,
   narrow=apply(dtype="bfloat16"),
   pad=pad,

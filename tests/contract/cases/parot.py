@@ -1,6 +1,6 @@
 import jax
 import numpy as np
-from contract_case import Case
+from contract_case import Case, drawn
 
 from jaxlab.models import parot
 
@@ -21,8 +21,7 @@ def model(**changes):
   return parot.PaRotParts(**{"num_parts": 4, "num_categories": 3, "interpolate": 3} | SIZES | changes)
 
 
-# With two channels before a direction, some draws leave it without a live one; this one does not.
-VARIABLES = jax.jit(model().init)(jax.random.key(3), inputs(0))
+VARIABLES = drawn(model().init, inputs(0))
 
 
 def apply(**changes):

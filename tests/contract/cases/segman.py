@@ -1,6 +1,6 @@
 import jax
 import numpy as np
-from contract_case import Case
+from contract_case import Case, drawn
 
 from jaxlab.models import segman
 
@@ -20,7 +20,7 @@ def model(decoder=None, **changes):
   return segman.SegMAN(segman.Encoder(**shape | changes), segman.Decoder(**head | (decoder or {})))
 
 
-VARIABLES = jax.jit(model().init)(jax.random.key(0), inputs(0))
+VARIABLES = drawn(model().init, inputs(0))
 
 
 def apply(**changes):

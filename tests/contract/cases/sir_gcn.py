@@ -1,6 +1,6 @@
 import jax
 import numpy as np
-from contract_case import Case
+from contract_case import Case, drawn
 
 from jaxlab.graph import sparse, structure
 from jaxlab.graph.nets import sir_gcn
@@ -46,7 +46,7 @@ class Both:
 
 
 GRAPH = inputs(0)
-VARIABLES = jax.jit(Both().init)(jax.random.key(0), GRAPH)
+VARIABLES = drawn(Both().init, GRAPH)
 STATISTICS = [variables["batch_stats"] for variables in VARIABLES]
 
 

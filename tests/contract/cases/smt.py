@@ -1,6 +1,6 @@
 import jax
 import numpy as np
-from contract_case import Case
+from contract_case import Case, drawn
 
 from jaxlab.models import smt
 
@@ -15,7 +15,7 @@ def model(**changes):
   return smt.SMT(**{"num_classes": 5, "widths": (8, 16, 16, 32), "depths": (1, 1, 2, 1), "head_dim": 8} | changes)
 
 
-VARIABLES = jax.jit(model(layer_scale=0.5).init)(jax.random.key(0), inputs(0))
+VARIABLES = drawn(model(layer_scale=0.5).init, inputs(0))
 
 
 def apply(**changes):

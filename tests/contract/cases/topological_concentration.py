@@ -6,7 +6,7 @@ import jax
 import jraph
 import numpy as np
 import scipy.sparse
-from contract_case import Case
+from contract_case import Case, drawn
 
 from jaxlab.graph import sparse, structure
 from jaxlab.graph.links import topological_concentration as tc
@@ -72,7 +72,7 @@ def learner(**changes):
 
 
 GRAPH, ENDS = inputs(0)
-PARAMS = jax.jit(model().init)(jax.random.key(0), GRAPH, ENDS)["params"]
+PARAMS = drawn(model().init, GRAPH, ENDS)["params"]
 RING = scipy.sparse.csr_array(np.roll(np.eye(5, dtype="float32"), 1, 1) + np.roll(np.eye(5, dtype="float32"), -1, 1))
 RING_ON_DEVICE = sparse.from_scipy(RING)
 TRUTH = np.eye(3, dtype=bool)
