@@ -1,10 +1,7 @@
 """Settings that must precede the first import of JAX, and fixtures of the whole suite."""
 
-import atexit
 import gc
 import os
-import shutil
-import tempfile
 
 # Parallel forms are tested on eight virtual devices. Toy networks compile for longer than they run, so LLVM is told not
 # to optimise, nor to cut programs into many modules, and loops are emitted as LLVM's code at once, without MLIR between
@@ -20,12 +17,6 @@ os.environ["XLA_FLAGS"] = " ".join(
   )
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Programs that took a moment to compile are kept for the rest of the session, in all of its processes: many tests
-# compile one that another has compiled.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-  _cache = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxlab-tests-")
-  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
-  atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
