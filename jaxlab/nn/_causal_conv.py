@@ -67,7 +67,9 @@ def backward(reverse: bool) -> kernels.Kernel:
         if 0 <= after < tokens and segment[after] == segment[t]:
           for c in range(channels):
             gx[t, c] += w[tap, c] * g[after, c]
-    gw[item] = sums[: w.shape[0]]
-    gbias[item] = sums[w.shape[0]]
+    for c in range(channels):
+      for tap in range(w.shape[0]):
+        gw[item, tap, c] = sums[tap, c]
+      gbias[item, c] = sums[w.shape[0], c]
 
   return kernel

@@ -150,6 +150,14 @@ def _tiles(rows):
 
 
 @numba.njit(inline="always")
+def _copy(tiles, target):
+  """What numba makes of `target[...] = tiles` takes it seconds to compile, for the message of an error."""
+  for n in range(tiles.shape[0]):
+    for j in range(LANES):
+      target[n, j] = tiles[n, j]
+
+
+@numba.njit(inline="always")
 def _load_A(tile, A, v, first, count):
   """tile[n, j] = A[v, first + j, n]; lanes without a channel get -1, which every formula bears."""
   for n in range(A.shape[2]):
@@ -189,7 +197,7 @@ def forward(zoh: bool, reverse: bool) -> kernels.Kernel:
       h[:] = 0
       for step in range(length):
         if step % CHUNK == 0 and step > 0:
-          states[s, step // CHUNK - 1, block] = h
+          _copy(h, states[s, step // CHUNK - 1, block])
         t = length - 1 - step if reverse else step
         x, token = 4 * ((s * length + t) * u.shape[2] + first), 4 * order * ((s * length + t) * groups + g)
         _recur(
@@ -242,7 +250,7 @@ def backward(zoh: bool, reverse: bool) -> kernels.Kernel:
           first = g * width + v * LANES
           count, own = min(LANES, (g + 1) * width - first), tile * (v - low)
           if chunk > 0:
-            h[:order] = states[s, chunk - 1, g * vectors + v]
+            _copy(states[s, chunk - 1, g * vectors + v], h)
           else:
             h[:order] = 0
           for k in range(steps):

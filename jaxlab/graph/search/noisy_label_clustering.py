@@ -491,7 +491,7 @@ def _check_source(n, nodes, source):
   mass = np.broadcast_to(np.asarray(source, np.float64), seeds.shape) if np.ndim(source) < 2 else None
   if mass is None or not np.isfinite(mass).all() or (mass < 0).any():
     raise ValueError(f"source: got {source!r}, expected a mass, at least 0, for each node")
-  return seeds.astype(np.int64), mass
+  return seeds.astype(np.int64), mass.copy()  # not a view that cannot be written to, which would be compiled anew
 
 
 def _check_labels(n, labels, epsilon):
@@ -499,7 +499,7 @@ def _check_labels(n, labels, epsilon):
   if not 0 <= epsilon <= 1:
     raise ValueError(f"epsilon: got {epsilon}, expected a number in [0, 1]")
   if labels is None:
-    return np.zeros(n, np.int8), 1.0
+    return np.zeros(n, np.int64), 1.0  # NumPy's own integers, so that one compiled loop does for both
   y = np.asarray(labels)
   if y.shape != (n,):
     raise ValueError(f"labels: got shape {y.shape}, expected ({n},)")
