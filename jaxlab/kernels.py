@@ -168,7 +168,7 @@ def _register(kernel: Kernel) -> None:
 
 
 def _entry(run: int, kernel: int, task: int) -> tuple[Any, Any]:
-  """The C function frame -> run(frame, kernel, task), and the code behind it: built by hand, in a tenth of numba's time.
+  """The C function frame -> run(frame, kernel, task), and the code behind it: numba would take ten times as long.
 
   It holds the process's addresses, so it is made anew in each.
   """
