@@ -282,7 +282,8 @@ def _inner(graph, work, i):
 def _sort(found, count, marks):
   """Sorts the first entries of `found`, which are the nodes with a mark."""
   if 16 * count < marks.size:
-    found[:count] = np.sort(found[:count])
+    for x, j in enumerate(np.sort(found[:count])):  # assigned as an array, numba compiles for seconds
+      found[x] = j
   else:
     count = 0
     for j in range(marks.size):

@@ -168,7 +168,8 @@ def _collect(order, start, seeds, seen):
           seen[x] = 1
           if count == len(found):
             grown = np.empty(2 * count, np.int32)
-            grown[:count] = found
+            for i in range(count):  # assigned as an array, numba compiles for seconds
+              grown[i] = found[i]
             found = grown
           found[count] = x
           count += 1
