@@ -26,7 +26,11 @@ def test_quality_on_a_small_graph(tmp_path, monkeypatch, capsys):
   senders, receivers = synthetic.stochastic_blocks(sizes, 0.03 * np.ones((6, 6)) + 0.3 * np.eye(6))
   graph = np.stack([senders, receivers])[:, senders < receivers], np.repeat(np.arange(6), 40)
   monkeypatch.setattr(experiment, "load", lambda config: graph)
-  quick = {"spark__driver__extraJavaOptions": "-XX:TieredStopAtLevel=1", "spark__sql__codegen__wholeStage": False}
+  quick = {
+    "spark__driver__extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
+    "spark__sql__codegen__wholeStage": False,
+  }
+  quick["spark__sql__shuffle__partitions"] = 2  # not 8: a task of so small a graph is mostly its start
   monkeypatch.setattr(experiment.se, "session", functools.partial(experiment.se.session, **quick))
   config = experiment.Config(dim=40, parts=4, leaf_nodes=80, seeds=1, workdir=tmp_path)
   common = experiment.METHODS
