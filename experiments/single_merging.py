@@ -2,6 +2,7 @@
 
     python experiments/single_merging.py                         # 16 clients on 5,000 MNIST digits, 3 seeds, minutes
     python experiments/single_merging.py --dataset digits        # 8x8 digits, faster
+    python experiments/single_merging.py --hidden 512            # a wide network, which loses less when merged: an hour
     python experiments/single_merging.py --preset paper          # 32 clients, ResNet-18, 30,000 steps, CIFAR-100
 
 Classes of every client's stream are drawn from Dirichlet(0.1). All arms do the same local steps with the same optimizer
