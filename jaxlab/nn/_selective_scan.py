@@ -151,7 +151,7 @@ def _tiles(rows):
 
 @numba.njit(inline="always")
 def _copy(tiles, target):
-  """What numba makes of `target[...] = tiles` takes it seconds to compile, for the message of an error."""
+  """`target[...] = tiles`, which numba would compile for seconds, for the message of an error."""
   for n in range(tiles.shape[0]):
     for j in range(LANES):
       target[n, j] = tiles[n, j]

@@ -29,8 +29,8 @@ def test_quality_on_a_small_graph(tmp_path, monkeypatch, capsys):
   quick = {
     "spark__driver__extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
     "spark__sql__codegen__wholeStage": False,
+    "spark__sql__shuffle__partitions": 2,  # not 8: a task of so small a graph is mostly its start
   }
-  quick["spark__sql__shuffle__partitions"] = 2  # not 8: a task of so small a graph is mostly its start
   monkeypatch.setattr(experiment.se, "session", functools.partial(experiment.se.session, **quick))
   config = experiment.Config(dim=40, parts=4, leaf_nodes=80, seeds=1, workdir=tmp_path)
   common = experiment.METHODS

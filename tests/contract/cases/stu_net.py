@@ -1,6 +1,6 @@
 import jax
 import numpy as np
-from contract_case import Case
+from contract_case import Case, drawn
 
 from jaxlab.models import stu_net
 
@@ -16,9 +16,7 @@ def model(**changes):
   return stu_net.STUNet(**{"num_classes": 3, "in_channels": 2, **shape, **changes})
 
 
-RNG = np.random.default_rng(0)
-SHAPES = jax.eval_shape(model().init, jax.random.key(0), inputs(0))
-VARIABLES = jax.tree.map(lambda a: RNG.standard_normal(a.shape).astype("float32") / a.size**0.3, SHAPES)
+VARIABLES = drawn(model().init, inputs(0))
 
 
 def apply(**changes):
