@@ -44,7 +44,7 @@ from numba.np import arrayobj
 # Positions, in words, inside the structures of c_api.h.
 _FRAME_EXTENSION, _FRAME_API, _FRAME_CONTEXT = 1, 2, 3
 _FRAME_OPERANDS, _FRAME_RESULTS, _FRAME_ATTRIBUTES = 9, 14, 20
-_BUFFER_DATA, _BUFFER_DIMENSIONS = 3, 5
+_BUFFER_DATA, _BUFFER_RANK, _BUFFER_DIMENSIONS = 3, 4, 5
 _SCALAR_VALUE = 1
 _API_SCHEDULE, _API_NUM_THREADS = 17, 18
 _EXTENSION_METADATA, _METADATA_VERSION = 3, 3
@@ -289,7 +289,13 @@ def _view(end):
         return builder.load(builder.gep(builder.inttoptr(address, word.as_pointer()), [word(i)]))
 
       buffer = at(at(args[0], end), position.literal_value)
-      shape = [at(at(buffer, _BUFFER_DIMENSIONS), i) for i in range(result.ndim)]
+      dimensions = at(buffer, _BUFFER_DIMENSIONS)
+      shape = [at(dimensions, i) for i in range(result.ndim)]
+      last = cgutils.alloca_once_value(builder, shape[-1])
+      with cgutils.for_range_slice(builder, word(result.ndim), at(buffer, _BUFFER_RANK), word(1)) as (axis, _):
+        length = builder.load(builder.gep(builder.inttoptr(dimensions, word.as_pointer()), [axis]))
+        builder.store(builder.mul(builder.load(last), length), last)
+      shape[-1] = builder.load(last)
       size = context.get_abi_sizeof(context.get_data_type(result.dtype))
       strides = [word(size)]
       for length in shape[:0:-1]:
@@ -305,7 +311,10 @@ def _view(end):
 
 
 operand, result = _view(_FRAME_OPERANDS), _view(_FRAME_RESULTS)
-"""Inside a kernel, (frame, position, dtype, rank): the operand or result there; all but the frame are constants."""
+"""Inside a kernel, (frame, position, dtype, rank): the operand or result there; all but the frame are constants.
+
+Of an array of higher rank, the axes from the last of `rank` on are seen as one. To flatten it before the call would be
+fused into what computes it, whose loop then divides for every index."""
 
 
 # Kernels see bfloat16, which numba does not have, as `types.uint16`: the upper halves of float32 numbers.

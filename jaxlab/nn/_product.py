@@ -20,40 +20,45 @@ _SUMS = 1 << 16  # that an item keeps
 _ITEMS = 8  # of a call, to balance the load
 
 
-def plan(rows: int, inputs: int, outputs: int) -> tuple[np.ndarray, int]:
-  """How a product is cut: parts of rows, of inputs and of outputs.
+def plan(count: int, rows: int, inputs: int, outputs: int) -> tuple[np.ndarray, int]:
+  """How each of `count` products is cut: parts of rows, of inputs and of outputs. And how many items there are.
 
   Parts of rows are packed once but their sums have to be added; parts of inputs or outputs are packed several times.
   """
-  parts = max(1, min(_ITEMS, rows * (inputs + outputs) // (4 * inputs * outputs)))
+  wanted = -(-_ITEMS // count)
+  parts = max(1, min(wanted, rows * (inputs + outputs) // (4 * inputs * outputs)))
   down = across = 1
-  while parts * down * across < _ITEMS or inputs * outputs > _SUMS * down * across:
+  while parts * down * across < wanted or inputs * outputs > _SUMS * down * across:
     if max(inputs // down, outputs // across) < _LEAST:
       break
     if inputs // down > outputs // across:
       down *= 2
     else:
       across *= 2
-  return np.array([parts, down, across], np.int32), parts * down * across
+  return np.array([parts, down, across], np.int32), count * parts * down * across
 
 
 @functools.cache
 def outer(lanes: int, pairs: bool) -> kernels.Kernel:
-  """Kernel (x [N, C], g [N, O], plan) -> x^T g [parts, C, O] and sums of g's rows [parts, O].
+  """Kernel (x [S, N, C], g [S, N, O], plan) -> x^T g [parts, S, C, O] and sums of g's rows [parts, S, O].
 
-  x and g are float32, or with `pairs` bfloat16. Each part is that of some of the rows: their sum is wanted.
+  x and g are float32, or with `pairs` bfloat16; one of them may be alone for all S of the other. Each part is that of
+  some of the rows: their sum is wanted.
   """
   number = types.uint16 if pairs else types.uint32
   together, wide = 2 if pairs else 1, _VECTORS * lanes
 
   @kernels.kernel(f"product.outer.{lanes}.{pairs}")
   def kernel(item, frame):
-    x, g = kernels.operand(frame, 0, number, 2), kernels.operand(frame, 1, number, 2)
-    plan, y = kernels.operand(frame, 2, types.int32, 1), kernels.result(frame, 0, types.float32, 3)
-    total = kernels.result(frame, 1, types.float32, 2)
+    x, g = kernels.operand(frame, 0, number, 3), kernels.operand(frame, 1, number, 3)
+    plan, y = kernels.operand(frame, 2, types.int32, 1), kernels.result(frame, 0, types.float32, 4)
+    total = kernels.result(frame, 1, types.float32, 3)
     parts, down, across = np.int64(plan[0]), np.int64(plan[1]), np.int64(plan[2])
-    part, i, j = item // (down * across), item // across % down, item % across
-    rows, inputs, outputs = x.shape[0], x.shape[1], g.shape[1]
+    part, i, j = item // (down * across) % parts, item // across % down, item % across
+    s = item // (parts * down * across)
+    rows, inputs, outputs = x.shape[1], x.shape[2], g.shape[2]
+    x_start = s * rows * inputs if x.shape[0] > 1 else 0
+    g_start = s * rows * outputs if g.shape[0] > 1 else 0
     # Borders lie on whole tiles.
     pieces, panels = (inputs + lanes - 1) // lanes, (outputs + wide - 1) // wide
     c0, c1 = lanes * (pieces * i // down), min(inputs, lanes * (pieces * (i + 1) // down))
@@ -67,9 +72,9 @@ def outer(lanes: int, pairs: bool) -> kernels.Kernel:
     while row < stop:
       count = min(together * _ROWS, stop - row)
       length = (count + together - 1) // together
-      at = row * outputs + o0
+      at = g_start + row * outputs + o0
       _tiles.pack_panels(lanes, _VECTORS, pairs, g.reshape(-1), at, outputs, count, o1 - o0, right, _ROWS * wide)
-      at = row * inputs + c0
+      at = x_start + row * inputs + c0
       _tiles.pack_panels(lanes, 1, pairs, x.reshape(-1), at, inputs, count, c1 - c0, left, _ROWS * lanes)
       target = sums.ctypes.data
       for p in range(panels):
@@ -93,8 +98,8 @@ def outer(lanes: int, pairs: bool) -> kernels.Kernel:
       at, size = o0 + p * wide, min(wide, o1 - o0 - p * wide)
       for c in range(c1 - c0):
         place = (p * pieces * lanes + c) * wide
-        kernels.write(sums[place : place + size], y[part, c0 + c, at : at + size])
+        kernels.write(sums[place : place + size], y[part, s, c0 + c, at : at + size])
     if i == 0:
-      kernels.write(added[: o1 - o0], total[part, o0:o1])
+      kernels.write(added[: o1 - o0], total[part, s, o0:o1])
 
   return kernel

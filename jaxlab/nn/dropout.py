@@ -7,6 +7,7 @@ entries are dropped everywhere.
 """
 
 import functools
+import math
 
 import jax
 import jax.extend
@@ -36,14 +37,14 @@ def dropout(key: Key[Array, ""], x: Float[Array, "*shape"], rate: float) -> Floa
   checks.rate("rate", rate)
   threshold = max(round((1 - rate) * 2**16), 1)
   words = jax.random.bits(key, (2,), "uint32")
-  return _drop(threshold, words, x.reshape(-1)).reshape(x.shape)
+  return _drop(threshold, words, x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _drop(threshold: int, words: UInt32[Array, "2"], x: Float[Array, " n"]) -> Float[Array, " n"]:
+def _drop(threshold: int, words: UInt32[Array, "2"], x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
   if x.dtype == jnp.float32 and kernels.available():
-    return _host(jnp.uint32(threshold), words[None], x[None])[0]
-  return device(threshold, words, x)
+    return _host(jnp.uint32(threshold), words[None], jnp.atleast_1d(x)[None])[0].reshape(x.shape)
+  return device(threshold, words, x.reshape(-1)).reshape(x.shape)
 
 
 _drop.defvjp(
@@ -64,23 +65,23 @@ def device(threshold: int, words: UInt32[Array, "2"], x: Float[Array, " n"]) -> 
 
 @jax.custom_batching.custom_vmap
 def _host(threshold, words, x):
-  """[K, 2], [S, N] -> [S, N], K being 1 or S."""
-  blocks = -(-x.shape[1] // 4)
+  """[K, 2], [S, ...] -> [S, ...], K being 1 or S."""
+  blocks = -(-math.prod(x.shape[1:]) // 4)
   items = x.shape[0] * -(-blocks // _BLOCKS)
   return kernels.call(_kernel, [jax.ShapeDtypeStruct(x.shape, x.dtype)], threshold[None], words, x, items=items)[0]
 
 
 @_host.def_vmap
 def _(size, batched, threshold, words, x):
-  inner = x.shape[-2]
   if not batched[2]:
     x = jnp.broadcast_to(x, (size, *x.shape))
+  inner = x.shape[1]
   if batched[1]:
     words = jnp.broadcast_to(words, (size, inner, 2)).reshape(-1, 2)
   elif words.shape[0] > 1:
     words = jnp.tile(words, (size, 1))
-  y = _host(threshold, words, x.reshape(-1, x.shape[-1]))
-  return y.reshape(size, inner, -1), True
+  y = _host(threshold, words, x.reshape(-1, *x.shape[2:]))
+  return y.reshape(x.shape), True
 
 
 @numba.njit(inline="always")

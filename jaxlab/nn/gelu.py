@@ -66,10 +66,10 @@ _slope_times.defvjp(lambda x, g: (_slope_times(x, g), (x, g)), _slope_backward)
 
 
 def _call(kernel, *arrays):
-  x = arrays[0]
-  flat, result = (a.reshape(-1) for a in arrays), jax.ShapeDtypeStruct((x.size,), x.dtype)
-  (y,) = kernels.call(kernel(x.dtype == jnp.bfloat16), [result], *flat, items=-(-x.size // _BLOCK))
-  return y.reshape(x.shape)
+  x, *others = map(jnp.atleast_1d, arrays)
+  result = jax.ShapeDtypeStruct(x.shape, x.dtype)
+  (y,) = kernels.call(kernel(x.dtype == jnp.bfloat16), [result], x, *others, items=-(-x.size // _BLOCK))
+  return y.reshape(arrays[0].shape)
 
 
 @numba.njit(inline="always")

@@ -79,13 +79,35 @@ def _outer(x, g):
   (rows, inputs), outputs = x.shape, g.shape[1]
   if not _tiles.has_pairs():
     x, g = x.astype(jnp.float32), g.astype(jnp.float32)
-  pairs = x.dtype == jnp.bfloat16
-  if rows < _FEW or (inputs * outputs >= _MANY and not pairs):
+  if rows < _FEW or (inputs * outputs >= _MANY and x.dtype != jnp.bfloat16):
     return _rows_times(x.T, g, 0), g.astype(jnp.float32).sum(0)
-  plan, items = _product.plan(rows, inputs, outputs)
-  results = [jax.ShapeDtypeStruct((int(plan[0]), *shape), jnp.float32) for shape in ((inputs, outputs), (outputs,))]
-  host = _product.outer(kernels.max_lanes(), pairs)
+  weights, sums = _host_outer(x[None], g[None])
+  return weights[0], sums[0]
+
+
+@jax.custom_batching.custom_vmap
+def _host_outer(x, g):
+  """[S, N, C], [S, N, O] -> [S, C, O], [S, O]; one of x and g may have S = 1 for all of the other's."""
+  count, (rows, inputs), outputs = max(len(x), len(g)), x.shape[1:], g.shape[2]
+  plan, items = _product.plan(count, rows, inputs, outputs)
+  shapes = (count, inputs, outputs), (count, outputs)
+  results = [jax.ShapeDtypeStruct((int(plan[0]), *shape), jnp.float32) for shape in shapes]
+  host = _product.outer(kernels.max_lanes(), x.dtype == jnp.bfloat16)
   return tuple(map(kernels.added, kernels.call(host, results, x, g, jnp.asarray(plan), items=items)))
+
+
+@_host_outer.def_vmap
+def _(size, batched, x, g):
+  count = max(a.shape[-3] for a in (x, g))
+
+  def folded(a, batched):
+    if not batched and count == 1:
+      return a
+    a = jnp.broadcast_to(a if batched else a[None], (size, count, *a.shape[-2:]))
+    return a.reshape(-1, *a.shape[-2:])
+
+  results = _host_outer(*map(folded, (x, g), batched))
+  return tuple(a.reshape(size, count, *a.shape[1:]) for a in results), (True, True)
 
 
 def _outer_forward(x, g):

@@ -52,11 +52,17 @@ def test_bfloat16_sums_in_float32():
   np.testing.assert_array_equal(np.asarray(bias, "float32"), 3008)
 
 
-def test_batches_of_calls_equal_single_calls():
-  x, kernel = normal(3, 70, 7), normal(7, 2, seed=1)
-  gradient = jax.jit(jax.grad(lambda k, x: (product.dense(x, k) ** 2).sum()))
-  together = jax.jit(jax.vmap(gradient, (None, 0)))(kernel, x)
-  chex.assert_trees_all_close(together, jnp.stack([gradient(kernel, row) for row in x]), rtol=1e-5)
+@pytest.mark.parametrize(("kernel_axis", "x_axis"), [(None, 0), (0, None), (0, 0)])
+def test_batches_of_calls_equal_single_calls(kernel_axis, x_axis):
+  x, kernel = normal(3, 2, 70, 7), normal(3, 7, 2, seed=1)
+  gradient = jax.grad(lambda k, x: (product.dense(x, k) ** 2).sum())
+  given = kernel if kernel_axis == 0 else kernel[0], x[:, 0] if x_axis == 0 else x[0, 0]
+  together = jax.jit(jax.vmap(gradient, (kernel_axis, x_axis)))(*given)
+  single = [gradient(kernel[i if kernel_axis == 0 else 0], x[i if x_axis == 0 else 0, 0]) for i in range(3)]
+  # Sums of terms around a hundred, in another order.
+  chex.assert_trees_all_close(together, jnp.stack(single), rtol=1e-5, atol=1e-4)
+  nested = jax.vmap(jax.vmap(gradient, (None, 0)), (kernel_axis, x_axis))(given[0], x if x_axis == 0 else x[0])
+  chex.assert_trees_all_close(nested[:, 0], together, rtol=1e-5, atol=1e-4)
 
 
 def test_what_is_held_fixed_costs_no_gradient():
