@@ -59,10 +59,10 @@ def test_batches_of_calls_equal_single_calls(kernel_axis, x_axis):
   given = kernel if kernel_axis == 0 else kernel[0], x[:, 0] if x_axis == 0 else x[0, 0]
   together = jax.jit(jax.vmap(gradient, (kernel_axis, x_axis)))(*given)
   single = [gradient(kernel[i if kernel_axis == 0 else 0], x[i if x_axis == 0 else 0, 0]) for i in range(3)]
-  # Sums of terms around a hundred, in another order.
-  chex.assert_trees_all_close(together, jnp.stack(single), rtol=1e-5, atol=1e-4)
+  # Sums of about a hundred in another order: three roundings of float32 where they cancel.
+  chex.assert_trees_all_close(together, jnp.stack(single), rtol=1e-5, atol=2e-5)
   nested = jax.vmap(jax.vmap(gradient, (None, 0)), (kernel_axis, x_axis))(given[0], x if x_axis == 0 else x[0])
-  chex.assert_trees_all_close(nested[:, 0], together, rtol=1e-5, atol=1e-4)
+  chex.assert_trees_all_close(nested[:, 0], together, rtol=1e-5, atol=2e-5)
 
 
 def test_what_is_held_fixed_costs_no_gradient():
