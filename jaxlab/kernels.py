@@ -148,6 +148,28 @@ def call(kernel: Kernel, results: Sequence[jax.ShapeDtypeStruct], *operands: jax
   return list(run(first, *operands[1:], items=np.int64(items)))
 
 
+def folded(size: int, batched: Sequence[bool], *operands: jax.Array) -> list[jax.Array]:
+  """For `vmap` of operands [S, ...], each of which may be alone, [1, ...], for all of the others': S times as many.
+
+  Args:
+    size: of the new axis.
+    batched: which operands have it, in front.
+    *operands: arrays.
+
+  Returns:
+    The operands with both axes as one; alone are those that were, and have no new axis.
+  """
+  count = max(a.shape[1] if new else a.shape[0] for a, new in zip(operands, batched, strict=True))
+
+  def fold(a, new):
+    if count == 1 and not new:
+      return a
+    a = a if new else a[None]
+    return jnp.broadcast_to(a, (size, count, *a.shape[2:])).reshape(-1, *a.shape[2:])
+
+  return list(map(fold, operands, batched))
+
+
 def added(parts: jax.Array) -> jax.Array:
   """The sum over the first axis, of a few large parts or columns: XLA reduces these ten times as slowly."""
   return sum((parts[i] for i in range(1, len(parts))), start=parts[0])

@@ -11,7 +11,7 @@ float32.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import flax.linen as nn
 import jax
@@ -27,6 +27,7 @@ from jaxlab.nn.initializers import torch_bias, torch_kernel
 
 Graph: TypeAlias = jraph.GraphsTuple | sparse.Operator
 Features: TypeAlias = Float[Array, "n f"] | sparse.Operator
+_Same = TypeVar("_Same", bound=Features)
 
 
 # ------------------------------------------------------------------------------------- dense or sparse node features
@@ -72,19 +73,24 @@ class Dropout(nn.Module):
 
   For sparse features only stored entries are drawn, since a dropped zero is a zero: the same distribution as for the
   dense matrix, at a cost that follows the entries. Its random stream is named "dropout".
+
+  Attributes:
+    rate: as above.
+    relu: of max(x, 0) instead of x, at no more cost.
   """
 
   rate: float
+  relu: bool = False
 
   @nn.compact
-  def __call__(self, x: Features, *, train: bool) -> Features:
+  def __call__(self, x: _Same, *, train: bool) -> _Same:
     """Same shape and form as `x`."""
-    if not train or self.rate == 0:
-      return x
-    key = self.make_rng("dropout")
-    if isinstance(x, sparse.Operator):
-      return x.replace_values(dropout(key, x.values, self.rate))
-    return dropout(key, jnp.asarray(x), self.rate)
+    values = x.values if isinstance(x, sparse.Operator) else jnp.asarray(x)
+    if train and self.rate > 0:
+      values = dropout(self.make_rng("dropout"), values, self.rate, relu=self.relu)
+    elif self.relu:
+      values = nn.relu(values)
+    return x.replace_values(values) if isinstance(x, sparse.Operator) else values  # type: ignore[return-value]
 
 
 # ------------------------------------------------------------------------------------------------------ convolutions
@@ -329,7 +335,7 @@ class GatedGCN(nn.Module):
           not train, momentum=0.9, dtype=self.dtype, param_dtype=self.param_dtype, axis_name=self.axis_name, name=name
         )
         new = norm(new, mask=None if mask is None else mask[:, None])
-      new = Dropout(self.dropout)(nn.relu(new), train=train)
+      new = Dropout(self.dropout, relu=True)(new, train=train)
       return new + old if self.residual and old is not None and old.shape == new.shape else new
 
     new_x = finish("norm", new_x, x, mask)

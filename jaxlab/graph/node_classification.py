@@ -219,7 +219,7 @@ class GCN(nn.Module):
     x = graph.nodes
     for i in range(self.depth):
       width = self.hidden if i < self.depth - 1 else self.num_classes
-      x = layers.Dropout(self.dropout)(nn.relu(x) if i else x, train=train)
+      x = layers.Dropout(self.dropout, relu=i > 0)(x, train=train)
       if self.convolution:
         x = layers.GCNConv(width, name=f"layer_{i}")(graph if operator is None else operator, x)
       else:

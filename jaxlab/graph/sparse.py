@@ -220,6 +220,7 @@ def _host_multiply(starts, columns, order, values, x):
   shape = jax.ShapeDtypeStruct((batch, rows, width), x.dtype)
   lanes = kernels.max_lanes()
   if batch > 1 and values.shape[0] == 1 and width <= lanes:
+    lanes = 8 if width <= 8 else lanes  # half a register where that is enough
     kernel, items = _product.multiply_each(lanes), _product.multiply_each_items(batch, rows)
   else:
     kernel, items = _product.multiply(lanes), _product.multiply_items(batch, rows)

@@ -98,16 +98,8 @@ def _host_outer(x, g):
 
 @_host_outer.def_vmap
 def _(size, batched, x, g):
-  count = max(a.shape[-3] for a in (x, g))
-
-  def folded(a, batched):
-    if not batched and count == 1:
-      return a
-    a = jnp.broadcast_to(a if batched else a[None], (size, count, *a.shape[-2:]))
-    return a.reshape(-1, *a.shape[-2:])
-
-  results = _host_outer(*map(folded, (x, g), batched))
-  return tuple(a.reshape(size, count, *a.shape[1:]) for a in results), (True, True)
+  results = _host_outer(*kernels.folded(size, batched, x, g))
+  return tuple(a.reshape(size, -1, *a.shape[1:]) for a in results), (True, True)
 
 
 def _outer_forward(x, g):

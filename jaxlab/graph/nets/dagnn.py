@@ -89,7 +89,7 @@ class DAGNN(nn.Module):
         not train, momentum=0.9, dtype=self.dtype, param_dtype=self.param_dtype, axis_name=self.axis_name, name="norm"
       )
       x = norm(x, mask=structure.node_mask(graph)[:, None])
-    x = layers.Dropout(self.dropout)(nn.relu(x), train=train)
+    x = layers.Dropout(self.dropout, relu=True)(x, train=train)
     z = layers.Linear(self.num_classes, dtype=self.dtype, param_dtype=self.param_dtype, name="classifier")(x)
     if operator is None:
       operator = layers.as_operator(graph, z)

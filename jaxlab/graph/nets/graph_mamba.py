@@ -130,7 +130,7 @@ class GraphMamba(nn.Module):
     y = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(y)
     if self.task == "graph":
       y = mean_nodes(graph._replace(nodes=y), ids)
-      y = layers.Dropout(self.dropout)(nn.relu(dense(self.features, "hidden")(y)), train=train)
+      y = layers.Dropout(self.dropout, relu=True)(dense(self.features, "hidden")(y), train=train)
     return dense(self.num_outputs, "head")(y)
 
   def _tokens(self, tokens, x, edges, mask, train):

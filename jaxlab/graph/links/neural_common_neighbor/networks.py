@@ -186,8 +186,7 @@ class MLP(nn.Module):
       x = layers.Linear(self.features, dtype=self.dtype, param_dtype=self.param_dtype, name=f"linear_{i}")(x)
       if norm:
         x = _layer_norm(self, f"norm_{i}")(x)
-      dropped: Any = layers.Dropout(self.dropout)(x, train=train)
-      x = nn.relu(dropped)
+      x = layers.Dropout(self.dropout, relu=True)(x, train=train)
     if self.tail is not None:
       x = layers.Linear(self.tail, dtype=self.dtype, param_dtype=self.param_dtype, name="tail")(x)
     return x

@@ -86,7 +86,7 @@ class Encoder(nn.Module):
         conv = WeightedSAGEConv(self.features, self.normalize, self.dtype, self.param_dtype, name=f"conv_{i}")
       h = conv(operator, h)
       if i < self.num_layers - 1:
-        h = layers.Dropout(self.dropout)(nn.relu(h), train=train)
+        h = layers.Dropout(self.dropout, relu=True)(h, train=train)
     return h
 
 
@@ -204,7 +204,7 @@ class _Head(nn.Module):
       x = layers.Linear(
         1 if last else self.features, dtype=self.dtype, param_dtype=self.param_dtype, name=f"linear_{i}"
       )(x)
-      x = x if last else layers.Dropout(self.dropout)(nn.relu(x), train=train)
+      x = x if last else layers.Dropout(self.dropout, relu=True)(x, train=train)
     return x[:, 0]
 
 

@@ -122,7 +122,7 @@ class Scout(nn.Module):
   ) -> Float[Array, "t num_classes"]:
     """`first` [n1, n2] and `second` [T, n1] are parts of the normalised adjacency; stream "dropout"."""
     h = layers.GCNConv(self.hidden, name="first")(first, layers.Dropout(self.dropout)(x, train=True))
-    dropped = layers.Dropout(self.dropout)(nn.relu(h), train=True)
+    dropped = layers.Dropout(self.dropout, relu=True)(h, train=True)
     return layers.GCNConv(self.num_classes, name="second")(second, dropped)
 
 
