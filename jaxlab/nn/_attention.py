@@ -72,9 +72,7 @@ def attend(lanes: int, pairs: bool) -> kernels.Kernel:
       _products(lanes, pairs, scores, tokens, asked, words, turned, words, words, tokens // wide, count)
       for t in range(count):
         row = scores[t * tokens : t * tokens + keys]
-        top, broken[t] = row[0], _broken(row)
-        for m in range(keys):
-          top = max(top, row[m])
+        top, broken[t] = _largest(row), _broken(row)
         total = _exp(row, scale[0], scale[0] * top)
         logs[b, h, first + t] = scale[0] * top + np.log(total)
         over = np.float32(1) / total
@@ -240,6 +238,18 @@ def _broken(row):
   for m in range(len(row)):
     found |= (bits[m] & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
   return found
+
+
+@numba.njit(inline="always")
+def _largest(row):
+  """The largest number, of those that are some. LLVM makes vector instructions of it only for whole numbers.
+
+  Bits of floats order as whole numbers do once those of negative ones are turned.
+  """
+  bits, top = row.view(np.int32), np.int32(-0x80000000)
+  for m in range(len(row)):
+    top = max(top, bits[m] ^ ((bits[m] >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+  return np.int32(top ^ ((top >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32)
 
 
 @numba.njit(inline="always")

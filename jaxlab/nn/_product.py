@@ -1,4 +1,4 @@
-"""Host kernel of the gradient of a dense layer's weights: the product of a transposed matrix and another.
+"""Host kernels of the gradient of a dense layer's weights: the product of a transposed matrix and another.
 
 XLA's CPU backend computes it at half the speed of a product of rows and columns in float32, and at a quarter in
 bfloat16. Here items take blocks of rows, put the numbers that are used together next to each other, and add their outer
@@ -18,6 +18,7 @@ _ROWS = 192  # packed at a time, or pairs of them: with the columns of a tile th
 _LEAST = 32  # inputs or outputs of a part
 _SUMS = 1 << 16  # that an item keeps
 _ITEMS = 8  # of a call, to balance the load
+_SIDE = 32  # of the squares that a transpose is made of
 
 
 def plan(count: int, rows: int, inputs: int, outputs: int) -> tuple[np.ndarray, int]:
@@ -103,3 +104,21 @@ def outer(lanes: int, pairs: bool) -> kernels.Kernel:
       kernels.write(added[: o1 - o0], total[part, s, o0:o1])
 
   return kernel
+
+
+def turned_items(columns: int) -> int:
+  """Items of `turned`."""
+  return -(-columns // _SIDE)
+
+
+@kernels.kernel("product.turned")
+def turned(item, frame):
+  """Kernel x [N, C] -> its transpose [C, N], of bfloat16 numbers."""
+  x, y = kernels.operand(frame, 0, types.uint16, 2), kernels.result(frame, 0, types.uint16, 2)
+  rows, columns = x.shape
+  for row in range(0, rows, _SIDE):
+    last = min(row + _SIDE, rows)
+    for column in range(item * _SIDE, min((item + 1) * _SIDE, columns)):
+      source, target = x[row:last, column], y[column, row:last]
+      for i in range(last - row):
+        target[i] = source[i]

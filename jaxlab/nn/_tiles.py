@@ -35,10 +35,22 @@ class _BFloat(ir.Type):
     return hash(_BFloat)
 
 
-@functools.cache
+def has_matrices() -> bool:
+  """Whether the processor multiplies matrices of bfloat16 numbers, as XLA's products of rows and columns then do."""
+  return _has("amx-bf16")
+
+
 def has_pairs() -> bool:
-  """Whether the processor multiplies and adds pairs of bfloat16 numbers."""
-  return bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16"))
+  """Whether the processor multiplies and adds pairs of bfloat16 numbers faster than float32 ones.
+
+  Those that multiply matrices have the instruction, but take twice as long for it.
+  """
+  return _has("avx512bf16") and not has_matrices()
+
+
+@functools.cache
+def _has(feature):
+  return bool(llvmlite.binding.get_host_cpu_features().get(feature))
 
 
 def _multiply_add(builder, vector, pairs, a, b, total):

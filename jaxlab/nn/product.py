@@ -3,8 +3,9 @@
 On GPU and TPU they are XLA's own products. XLA's CPU backend has native products for the form rows times columns with a
 float32 result. Every other form it computes at half the speed or less: a bfloat16 result, which is what layers ask for,
 and the product of a transposed matrix, which the gradient of the weights is. Here forward and the gradient of the
-inputs take the native form, and the gradients of weights and bias are one host kernel (`jaxlab.nn._product`). All sums
-are in float32. Gradients can be differentiated further; forward-mode differentiation is not available on CPU.
+inputs take the native form, and the gradients of weights and bias are one host kernel (`jaxlab.nn._product`); in
+bfloat16 on a processor that multiplies matrices, the kernel only turns the inputs, and XLA multiplies. All sums are in
+float32. Gradients can be differentiated further; forward-mode differentiation is not available on CPU.
 """
 
 from typing import Any
@@ -77,8 +78,6 @@ _dense.defvjp(_forward, _backward, symbolic_zeros=True)
 def _outer(x, g):
   """x^T g and the sum of g's rows, in float32."""
   (rows, inputs), outputs = x.shape, g.shape[1]
-  if not _tiles.has_pairs():
-    x, g = x.astype(jnp.float32), g.astype(jnp.float32)
   if rows < _FEW or (inputs * outputs >= _MANY and x.dtype != jnp.bfloat16):
     return _rows_times(x.T, g, 0), g.astype(jnp.float32).sum(0)
   weights, sums = _host_outer(x[None], g[None])
@@ -89,6 +88,12 @@ def _outer(x, g):
 def _host_outer(x, g):
   """[S, N, C], [S, N, O] -> [S, C, O], [S, O]; one of x and g may have S = 1 for all of the other's."""
   count, (rows, inputs), outputs = max(len(x), len(g)), x.shape[1:], g.shape[2]
+  if count == 1 and x.dtype == jnp.bfloat16 and _tiles.has_matrices():
+    shape = jax.ShapeDtypeStruct((inputs, rows), x.dtype)
+    (turned,) = kernels.call(_product.turned, [shape], x[0], items=_product.turned_items(inputs))
+    return _rows_times(turned, g[0], 0)[None], g.astype(jnp.float32).sum(1)
+  if not _tiles.has_pairs():
+    x, g = x.astype(jnp.float32), g.astype(jnp.float32)
   plan, items = _product.plan(count, rows, inputs, outputs)
   shapes = (count, inputs, outputs), (count, outputs)
   results = [jax.ShapeDtypeStruct((int(plan[0]), *shape), jnp.float32) for shape in shapes]

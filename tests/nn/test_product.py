@@ -28,7 +28,7 @@ def run(function, *arguments, g):
 SHAPES = [(3, 5, 7), (64, 1, 1), (65, 16, 32), (400, 17, 33), (1500, 6, 4), (1029, 300, 290), (4000, 64, 64)]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "widened", "pairs", "matrices"], indirect=True)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_layer_and_gradients_against_float64(shape, dtype):
   rows, inputs, outputs = shape
@@ -44,9 +44,10 @@ def test_layer_and_gradients_against_float64(shape, dtype):
     assert (np.abs(np.asarray(a, "float64") - b) <= tolerance).all()
 
 
-def test_bfloat16_sums_in_float32():
+@pytest.mark.parametrize("dtype", ["widened", "pairs", "matrices"], indirect=True)
+def test_bfloat16_sums_in_float32(dtype):
   """A bfloat16 sum of 3000 ones would stop at 256."""
-  ones = jnp.ones((3000, 2), "bfloat16")
+  ones = jnp.ones((3000, 2), dtype)
   weights, bias = jax.grad(lambda k, b: product.dense(ones, k, b).sum(), (0, 1))(ones[:2], ones[0])
   np.testing.assert_array_equal(np.asarray(weights, "float32"), 3008)
   np.testing.assert_array_equal(np.asarray(bias, "float32"), 3008)

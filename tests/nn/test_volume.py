@@ -69,9 +69,10 @@ def test_bfloat16_accumulates_in_float32():
 @pytest.mark.parametrize(
   ("shape", "out", "strides"), [((1, 5, 6, 9, 6), 5, (1, 1, 1)), ((1, 7, 9, 9, 66), 40, (1, 1, 2))]
 )
-def test_bfloat16_and_its_gradients(shape, out, strides):
+@pytest.mark.parametrize("dtype", ["widened", "pairs"], indirect=True)
+def test_bfloat16_and_its_gradients(shape, out, strides, dtype):
   rng = np.random.default_rng(0)
-  narrow = lambda *s: jnp.asarray(rng.standard_normal(s), jnp.bfloat16)
+  narrow = lambda *s: jnp.asarray(rng.standard_normal(s), dtype)
   x, kernel = narrow(*shape), narrow(3, 3, 3, shape[-1], out)
   y, vjp = jax.vjp(lambda x, kernel: volume.convolve(x, kernel, strides=strides), x, kernel)
   g = narrow(*y.shape)
