@@ -106,19 +106,21 @@ def outer(lanes: int, pairs: bool) -> kernels.Kernel:
   return kernel
 
 
-def turned_items(columns: int) -> int:
+def turned_items(count: int, columns: int) -> int:
   """Items of `turned`."""
-  return -(-columns // _SIDE)
+  return count * -(-columns // _SIDE)
 
 
 @kernels.kernel("product.turned")
 def turned(item, frame):
-  """Kernel x [N, C] -> its transpose [C, N], of bfloat16 numbers."""
-  x, y = kernels.operand(frame, 0, types.uint16, 2), kernels.result(frame, 0, types.uint16, 2)
-  rows, columns = x.shape
+  """Kernel x [S, N, C] -> transposes [S, C, N], of bfloat16 numbers."""
+  x, y = kernels.operand(frame, 0, types.uint16, 3), kernels.result(frame, 0, types.uint16, 3)
+  _, rows, columns = x.shape
+  stripes = (columns + _SIDE - 1) // _SIDE
+  s, first = item // stripes, item % stripes * _SIDE
   for row in range(0, rows, _SIDE):
     last = min(row + _SIDE, rows)
-    for column in range(item * _SIDE, min((item + 1) * _SIDE, columns)):
-      source, target = x[row:last, column], y[column, row:last]
+    for column in range(first, min(first + _SIDE, columns)):
+      source, target = x[s, row:last, column], y[s, column, row:last]
       for i in range(last - row):
         target[i] = source[i]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxlab import kernels
-from jaxlab.nn import _attention, _tiles
+from jaxlab.nn import _attention, _tiles, product
 
 _MOST = 128  # channels of a head up to which the host kernel is the faster one
 
@@ -75,12 +75,19 @@ def _by_xla(query, key, value, num_heads, bias=None, mask=None):
     return tokens.reshape(*tokens.shape[:2], num_heads, size).swapaxes(1, 2)
 
   q, k, v = heads(query), heads(key), heads(value)
-  logits = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32) * size**-0.5
+  logits = _product(q, k.swapaxes(2, 3)) * size**-0.5
   if bias is not None:
     logits = logits + bias
   weights = jax.nn.softmax(logits, where=mask).astype(value.dtype)
-  out = jnp.einsum("bhnm,bhmd->bhnd", weights, v, preferred_element_type=jnp.float32)
-  return out.astype(value.dtype).swapaxes(1, 2).reshape(query.shape)
+  return _product(weights, v).astype(value.dtype).swapaxes(1, 2).reshape(query.shape)
+
+
+def _product(a, b):
+  """[B, H, N, C], [B, H, C, O] -> [B, H, N, O] in float32."""
+  if a.dtype == b.dtype and jnp.finfo(a.dtype).bits < 32:
+    fold = lambda x: x.reshape(-1, *x.shape[2:])
+    return product.multiply(fold(a), fold(b)).reshape(*a.shape[:3], b.shape[3])
+  return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -92,6 +92,19 @@ def test_host_kernel_against_xla_in_float64(batch, queries, keys, channels, head
     np.testing.assert_allclose(np.asarray(a, "float64"), b, atol=tolerance * max(1, np.abs(b).max()), rtol=0)
 
 
+def test_bias_and_its_gradient_in_bfloat16():
+  given = *tokens(2, 9, 13, 12, "bfloat16"), normal(1, 3, 9, 13, seed=7)
+
+  def run(query, key, value, g, bias):
+    out, back = jax.vjp(lambda *x: multi_head_attention(*x[:3], num_heads=3, bias=x[3]), query, key, value, bias)
+    return out, *back(g)
+
+  got = jax.jit(run)(*given)
+  expected = jax.jit(run)(*(x.astype("float32") for x in given))
+  for a, b in zip(got, expected, strict=True):
+    np.testing.assert_allclose(a.astype("float32"), b, atol=2**-6 * max(1, float(jnp.abs(b).max())), rtol=0)
+
+
 def test_logits_of_any_size():
   """Weights are exp of differences to the largest logit: large ones do not overflow, far ones vanish."""
   query, key, value, g = tokens(1, 6, 40, 8)

@@ -66,6 +66,19 @@ def test_batches_of_calls_equal_single_calls(kernel_axis, x_axis):
   chex.assert_trees_all_close(nested[:, 0], together, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "widened", "pairs", "matrices"], indirect=True)
+def test_rows_of_matrices_against_float64(dtype):
+  a, b = normal(3, 40, 70, dtype=dtype), normal(3, 70, 35, seed=1, dtype=dtype)
+  g = normal(3, 40, 35, seed=2).astype(dtype).astype("float32")
+  got = run(product.multiply, a, b, g=g)
+  a, b, g = (np.asarray(x, "float64") for x in (a, b, g))
+  expected = a @ b, g @ b.swapaxes(1, 2), a.swapaxes(1, 2) @ g
+  for x, y, kind in zip(got, expected, ("float32", dtype, dtype), strict=True):
+    assert x.dtype == kind
+    tolerance = 2**-8 * np.abs(y) + 1e-5 if kind == "bfloat16" else 1e-5 * np.abs(y).max()
+    assert (np.abs(np.asarray(x, "float64") - y) <= tolerance).all()
+
+
 def test_what_is_held_fixed_costs_no_gradient():
   x, kernel, bias = normal(70, 6), normal(6, 4, seed=1), normal(4, seed=2)
   loss = lambda *a: (product.dense(*a) ** 2).sum()
