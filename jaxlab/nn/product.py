@@ -19,6 +19,7 @@ from jaxlab import kernels
 from jaxlab.nn import _product, _tiles
 
 _FEW = 64  # rows below which the host kernel is not worth its call
+_ROWS_OF_ONES = 8  # of a product that sums, whose form for a single row is slower
 _MANY = 1 << 20  # weights from which on XLA's float32 product is as fast
 
 
@@ -89,10 +90,10 @@ def _host_outer(x, g):
   """[S, N, C], [S, N, O] -> [S, C, O], [S, O]; one of x and g may have S = 1 for all of the other's."""
   count, (rows, inputs), outputs = max(len(x), len(g)), x.shape[1:], g.shape[2]
   if x.dtype == jnp.bfloat16 and _tiles.has_matrices():
-    shape = jax.ShapeDtypeStruct((len(x), inputs, rows), x.dtype)
-    (turned,) = kernels.call(_product.turned, [shape], x, items=_product.turned_items(len(x), inputs))
-    turned, g = (jnp.broadcast_to(a, (count, *a.shape[1:])) for a in (turned, g))
-    return _times(turned, g), g.astype(jnp.float32).sum(1)
+    # XLA would take a float32 copy of g for a sum, and then make the product's bfloat16 numbers of it again.
+    sums = _times(jnp.ones((len(g), _ROWS_OF_ONES, rows), g.dtype), g)[:, 0]
+    turned, g, sums = (a if len(a) == count else jnp.repeat(a, count, 0) for a in (_turned(x), g, sums))
+    return _times(turned, g), sums
   if not _tiles.has_pairs():
     x, g = x.astype(jnp.float32), g.astype(jnp.float32)
   plan, items = _product.plan(count, rows, inputs, outputs)
@@ -100,6 +101,13 @@ def _host_outer(x, g):
   results = [jax.ShapeDtypeStruct((int(plan[0]), *shape), jnp.float32) for shape in shapes]
   host = _product.outer(kernels.max_lanes(), x.dtype == jnp.bfloat16)
   return tuple(map(kernels.added, kernels.call(host, results, x, g, jnp.asarray(plan), items=items)))
+
+
+def _turned(x):
+  """Transposes [S, C, N] of [S, N, C], in bfloat16."""
+  count, rows, columns = x.shape
+  shape = jax.ShapeDtypeStruct((count, columns, rows), x.dtype)
+  return kernels.call(_product.turned, [shape], x, items=_product.turned_items(count, columns))[0]
 
 
 @_host_outer.def_vmap
