@@ -242,7 +242,7 @@ def _broken(row):
 
 @numba.njit(inline="always")
 def _largest(row):
-  """The largest number, of those that are some. LLVM makes vector instructions of it only for whole numbers.
+  """The largest number, by bits, as LLVM makes vector instructions of a maximum only of whole numbers.
 
   Bits of floats order as whole numbers do once those of negative ones are turned.
   """
