@@ -43,9 +43,9 @@ def has_matrices() -> bool:
 def has_pairs() -> bool:
   """Whether the processor multiplies and adds pairs of bfloat16 numbers faster than float32 ones.
 
-  Those that multiply matrices have the instruction, but take twice as long for it.
+  Intel's have the instruction, but take twice as long for it.
   """
-  return _has("avx512bf16") and not has_matrices()
+  return _has("avx512bf16") and llvmlite.binding.get_host_cpu_name().startswith("znver")
 
 
 @functools.cache
