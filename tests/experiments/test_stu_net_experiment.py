@@ -74,6 +74,16 @@ def test_dice():
   np.testing.assert_allclose(experiment.dice(predicted, label, 3), [100 * 6 / 8, 100 * 2 / 3])
 
 
+def test_largest_component():
+  scans = np.zeros((3, 4, 5, 1), int)
+  scans[0, :2, :2, 0] = [[1, 2], [0, 1]]  # of two classes, one piece
+  scans[0, 3, 3:, 0] = 2
+  scans[1, 3, 4, 0] = 2
+  expected = scans.copy()
+  expected[0, 3] = 0
+  np.testing.assert_array_equal(experiment.largest_component(scans), expected)
+
+
 @pytest.fixture
 def tiny(monkeypatch):
   """Two stages, and a corner of the brain."""
