@@ -163,7 +163,8 @@ METHODS = {
 
 def learner(net: nn.Module, problem: Problem, learning_rate: float) -> train.Learner:
   """AdamW with a tenth of warm-up and a cosine; evaluation counts hits, or ranks, by part."""
-  schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, max(problem.steps // 10, 1), problem.steps)
+  warmup = min(max(problem.steps // 10, 1), problem.steps - 1)
+  schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, problem.steps)
   tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=1e-4, mask=train.decay_mask))
   loss = train.cross_entropy(labels=lambda b: b["labels"], mask=lambda b: b["train"])
   base = train.supervised(net, loss, tx, inputs=lambda batch: batch)

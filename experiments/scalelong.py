@@ -345,7 +345,9 @@ def draw_grid(rows: Mapping[str, np.ndarray], path: pathlib.Path, per_row: int =
   figure, axes = figures.subplots(len(rows), 1, width=8, height=1.25)
   for ax, (name, pictures) in zip(axes[:, 0], rows.items(), strict=True):
     pictures = np.pad((pictures[: 2 * per_row] + 1) / 2, ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=1)
-    lines = [np.concatenate(list(pictures[i * per_row : (i + 1) * per_row]), 1) for i in range(2)]
+    lines = [
+      np.concatenate(list(pictures[i * per_row : (i + 1) * per_row]), 1) for i in (0, 1) if len(pictures) > i * per_row
+    ]
     whole = np.concatenate([line for line in lines if line.shape == lines[0].shape])
     ax.imshow(whole if whole.shape[-1] == 3 else whole[..., 0], cmap="gray", vmin=0, vmax=1)
     ax.set_title(name, fontsize=8)
@@ -361,7 +363,9 @@ def check(config: Config, task: Task) -> None:
     raise ValueError(f"sampled: got {config.sampled}, expected some of scalings, {config.scalings}")
   if not config.rates or list(config.rates) != sorted(config.rates) or config.rates[0] <= 0:
     raise ValueError(f"rates: got {config.rates}, expected rising numbers above 0")
-  if config.warmup < 1 or config.steps <= config.warmup or config.steps < 4 * RECORD:
+  if config.warmup < 1:
+    raise ValueError(f"warmup: got {config.warmup}, expected at least 1")
+  if config.steps <= config.warmup or config.steps < 4 * RECORD:
     raise ValueError(f"steps: got {config.steps}, expected more than warmup, {config.warmup}, and {4 * RECORD - 1}")
   most = min(map(len, (task.train, task.val, task.test)))  # losses are means over whole batches
   if not 1 <= config.batch_size <= most:

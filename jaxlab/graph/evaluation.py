@@ -14,6 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
+from jaxlab import checks
+
 # ---------------------------------------------------------------------------------------------------------- splits
 
 
@@ -53,10 +55,12 @@ def planetoid_split(
     candidates: [N] nodes that may be drawn (for instance the largest component); default all.
 
   Raises:
-    ValueError: if a class or the graph is too small.
+    ValueError: if a class or the graph is too small, or a number negative.
 
   Source: Yang et al., ICML 2016, arXiv:1603.08861, as randomised by Shchur et al., arXiv:1811.05868.
   """
+  for name, count in (("train_per_class", train_per_class), ("validation", validation), ("test", test)):
+    checks.count(name, count, 0)
   rng = np.random.default_rng(seed)
   train, rest = _draw_per_class(labels, rng, train_per_class, candidates)
   if rest.size < validation + test:
@@ -79,6 +83,8 @@ def per_class_split(
 
   The split of the Coauthor and Amazon graphs (Shchur et al., arXiv:1811.05868). Arguments as `planetoid_split`.
   """
+  checks.count("train_per_class", train_per_class, 0)
+  checks.count("validation_per_class", validation_per_class, 0)
   rng = np.random.default_rng(seed)
   train, rest = _draw_per_class(labels, rng, train_per_class, candidates)
   validation, rest = _draw_per_class(labels, rng, validation_per_class, _mask(labels, rest))
@@ -186,7 +192,7 @@ def _draw_per_class(labels, rng, count, candidates):
     raise ValueError(f"labels: got {labels.dtype} of shape {labels.shape}, expected integers of shape [N]")
   allowed = labels >= 0 if candidates is None else (labels >= 0) & candidates
   groups = []
-  for c in np.unique(labels[allowed]):
+  for c in np.unique(labels[labels >= 0]):
     members = rng.permutation(np.flatnonzero(allowed & (labels == c)))
     if members.size < count:
       raise ValueError(f"labels: got {members.size} nodes of class {c}, expected at least {count}")
@@ -317,6 +323,8 @@ def multilabel_f1(
   for seed in seeds:
     order = np.random.default_rng(seed).permutation(len(embedding))
     train, test = np.split(order, [int(train_fraction * len(order))])
+    if not len(train):
+      raise ValueError(f"train_fraction: got {train_fraction}, expected at least one of {len(order)} nodes to train on")
     probability = np.stack(
       [_probability(embedding[train], column[train], embedding[test], C) for column in indicator.T], axis=1
     )

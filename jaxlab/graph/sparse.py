@@ -7,6 +7,8 @@ On GPU and TPU products are sorted segment sums. On CPU they are a host kernel (
 faster than XLA's scatter; `vmap` over features or weights runs as one call.
 """
 
+import math
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -90,7 +92,8 @@ def operator(graph: jraph.GraphsTuple, weights: Float[Array, " e"] | None = None
   Raises:
     ValueError: edges that are not sorted by receiver (seen on the host only), or `weights` of another length.
   """
-  xp = jnp if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(graph)) else np
+  # Features or weights may be traced beside edges that are not.
+  xp = jnp if any(isinstance(ends, jax.core.Tracer) for ends in (graph.senders, graph.receivers)) else np
   if weights is None:
     weights = graph.edges if getattr(graph.edges, "ndim", 0) == 1 else xp.ones(graph.senders.shape[0], np.float32)
   if weights.shape != graph.receivers.shape:
@@ -157,7 +160,7 @@ def propagate(
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise ValueError(f"x: got dtype {x.dtype}, expected a floating one")
   accumulate = jnp.promote_types(x.dtype, jnp.float32)
-  flat = x.reshape(x.shape[0], -1).astype(accumulate)
+  flat = x.reshape(x.shape[0], math.prod(x.shape[1:])).astype(accumulate)
   y = _multiply(op.replace(values=None), values.astype(accumulate), flat)  # type: ignore[attr-defined]
   return y.astype(x.dtype).reshape(op.shape[0], *x.shape[1:])
 

@@ -297,6 +297,7 @@ class MANIQA(nn.Module):
 
   def _check(self, images: Array) -> None:
     check_images(images, self.in_channels)
+    checks.count("image_size", self.image_size)
     if self.patch_size < 1 or self.image_size % self.patch_size:
       raise ValueError(f"patch_size: got {self.patch_size}, expected a divisor of image_size, {self.image_size}")
     if images.shape[1:3] != (self.image_size, self.image_size):

@@ -142,6 +142,7 @@ def test_graph_and_operator_agree_eager_and_traced():
     sparse.propagate(sparse.operator(g), x),
     jax.jit(sparse.propagate)(g, x),
     jax.jit(lambda g, x: sparse.propagate(sparse.operator(g), x))(g, x),
+    jax.jit(lambda x: sparse.propagate(g._replace(nodes=x), x))(x),  # edges that are not traced
   ):
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
 
@@ -174,6 +175,14 @@ def test_segments():
   np.testing.assert_allclose(sparse.segment_mean(op, data), mean, rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(sparse.segment_max(op, data), largest, rtol=1e-5)
   np.testing.assert_allclose(sparse.segment_softmax(op, data), soft, rtol=1e-5)
+
+
+def test_no_edges():
+  op = sparse.operator(graph(np.zeros(0, int), np.zeros(0, int), 3))
+  for f in (sparse.segment_sum, sparse.segment_mean, sparse.segment_max):
+    np.testing.assert_array_equal(f(op, jnp.ones((0, 2, 4))), np.zeros((3, 2, 4)))
+  assert sparse.segment_softmax(op, jnp.ones((0, 2))).shape == (0, 2)
+  np.testing.assert_array_equal(sparse.propagate(op, jnp.ones((3, 2))), np.zeros((3, 2)))
 
 
 def test_softmax_is_stable_and_has_the_right_gradient():

@@ -17,6 +17,7 @@ random one. Outputs follow a renumbering of the nodes exactly where `scores` are
 nodes' keys; otherwise up to the order of ties.
 """
 
+import math
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -112,9 +113,10 @@ class GraphMamba(nn.Module):
       flipped = encodings.random_signs(self.make_rng("dropout"), x[:, split:], ids, graph.n_node.shape[0])
       x = jnp.concatenate([x[:, :split], flipped], 1)
     x = dense(self.features, "encoder")(x)
-    edges = (
-      dense(self.features, "edge_encoder")(graph.edges.reshape(len(graph.edges), -1)) if self.edge_features else None
-    )
+    edges = None
+    if self.edge_features:
+      rows = graph.edges.reshape(len(graph.edges), math.prod(graph.edges.shape[1:]))
+      edges = dense(self.features, "edge_encoder")(rows)
 
     y = x if tokens is None else self._tokens(tokens, x, edges, mask, train)
     if scores is None:

@@ -277,7 +277,9 @@ def search(
 
 
 def count_distances(index: Index, queries: Float[np.ndarray, "q d"], *, k: int = 10, ef: int = 50) -> float:
-  """Host. How many distances `search` evaluates, the mean over queries."""
+  """Host. How many distances `search` evaluates, the mean over queries, of which there is at least one."""
+  if not len(queries):
+    raise ValueError("queries: got none, expected at least one")
   return _searched(index, queries, k, ef, None, 1)[2] / len(queries)
 
 
@@ -326,8 +328,7 @@ def device_search(
   Raises:
     ValueError: while tracing, an argument of another shape or out of range.
   """
-  if queries.ndim != 2 or queries.shape[1] != index.vectors.shape[1]:
-    raise ValueError(f"queries: got shape {queries.shape}, expected [Q, {index.vectors.shape[1]}]")
+  _check_shapes(index, queries)
   _check_counts(k, ef)
   if allowed is not None and allowed.shape != index.deleted.shape:
     raise ValueError(f"allowed: got shape {allowed.shape}, expected {index.deleted.shape}")
@@ -360,7 +361,7 @@ def _beam(index, hidden, query, ef):
 
   entry = index.head[_hnsw.ENTRY].astype("int32")
   start = index.head[_hnsw.TOP].astype("int32"), entry, distance(entry), True
-  _, entry, d, _ = jax.lax.while_loop(lambda state: state[0] > 0, descend, start)
+  _, entry, d, _ = jax.lax.while_loop(lambda state: state[0] > 0, descend, start) if len(index.upper) else start
 
   words = -(-index.links.shape[0] // 32)
   found_d = jnp.full(ef, jnp.inf).at[0].set(jnp.where(hidden[entry], jnp.inf, d))
@@ -399,7 +400,15 @@ def _merge(d, nodes, more_d, more):
 def exact_search(
   index: Index, queries: Float[Array, "q d"], *, k: int = 10
 ) -> tuple[Int[Array, "q k"], Float[Array, "q k"]]:
-  """The k nearest points by brute force, deleted ones left out: the oracle for recall. In blocks of 256 queries."""
+  """The k nearest points by brute force, deleted ones left out: the oracle for recall. In blocks of 256 queries.
+
+  Where there are fewer than k points, labels are -1 and distances infinite.
+
+  Raises:
+    ValueError: queries of another shape, k that is not in [1, N].
+  """
+  _check_shapes(index, queries)
+  checks.count("k", k, 1, len(index.labels))
   if index.space == "cosine":
     queries = queries / (jnp.linalg.norm(queries, axis=1, keepdims=True) + 1e-30)
   x = jnp.asarray(index.vectors)
@@ -412,7 +421,7 @@ def exact_search(
     return nodes, -largest
 
   nodes, distances = jax.lax.map(one, jnp.asarray(queries, "float32"), batch_size=256 if index.space != "l2" else None)
-  return jnp.asarray(index.labels)[nodes], distances
+  return jnp.where(jnp.isinf(distances), -1, jnp.asarray(index.labels)[nodes]), distances
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -482,7 +491,8 @@ def _grown(index: Index, more: int, capacity: int | None, donate: bool) -> Index
     if donate and len(a) == rows:
       return a
     out = np.full((rows, *a.shape[1:]), fill, a.dtype)
-    out[: len(a)] = a
+    kept = min(len(a), rows)
+    out[:kept] = a[:kept]
     return out
 
   levels, first_upper = resized(index.levels, rows, -1), resized(index.first_upper, rows, -1)
@@ -537,6 +547,13 @@ def _vectors(name: str, index: Index, vectors: Any) -> np.ndarray:
       raise ValueError(f"{name}: got a zero vector in row {int(np.argmin(length))}, expected a direction")
     x = x / (length + np.float32(1e-30))
   return x
+
+
+def _check_shapes(index, queries):
+  if not len(index.labels):
+    raise ValueError("index: got no points, expected at least one")
+  if queries.ndim != 2 or queries.shape[1] != index.vectors.shape[1]:
+    raise ValueError(f"queries: got shape {queries.shape}, expected [Q, {index.vectors.shape[1]}]")
 
 
 def _check_counts(k, ef):

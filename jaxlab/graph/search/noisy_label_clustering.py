@@ -247,18 +247,24 @@ def sweep_conductance(
     labels: y.
     epsilon: weight of edges between different labels.
     total: `volume(adjacency, labels, epsilon)`, if it is known already.
+
+  Raises:
+    ValueError: nodes that are no numbers of nodes, or not different.
   """
   n = _check_adjacency(adjacency)
+  nodes = _check_nodes(n, nodes)
   y, weight = _check_labels(n, labels, epsilon)
   total = volume(adjacency, labels, epsilon) if total is None else total
   inside = np.zeros(n, bool)
-  cut, vol = _sweep(adjacency.indptr, adjacency.indices, adjacency.data, y, weight, np.asarray(nodes), inside)
+  cut, vol = _sweep(adjacency.indptr, adjacency.indices, adjacency.data, y, weight, nodes, inside)
   smaller = np.minimum(vol, total - vol)
   return np.divide(cut, smaller, out=np.full(len(cut), np.inf), where=smaller > 1e-9 * total)
 
 
 def f1(found: Int[np.ndarray, " a"], truth: Int[np.ndarray, " b"]) -> float:
-  """Host. 2 |C and K| / (|C| + |K|) of two sets of nodes."""
+  """Host. 2 |C and K| / (|C| + |K|) of two sets of nodes, not both empty."""
+  if not len(found) + len(truth):
+    raise ValueError("found, truth: got no nodes in either")
   return 2 * len(np.intersect1d(found, truth)) / (len(found) + len(truth))
 
 
@@ -482,16 +488,23 @@ def _check_adjacency(adjacency):
   return adjacency.shape[0]
 
 
-def _check_source(n, nodes, source):
-  seeds = np.atleast_1d(np.asarray(nodes))
-  if seeds.ndim != 1 or not np.issubdtype(seeds.dtype, np.integer) or not len(seeds):
+def _check_nodes(n, nodes):
+  found = np.atleast_1d(np.asarray(nodes))
+  if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer):
     raise ValueError(f"nodes: got {nodes!r}, expected node numbers")
-  if seeds.min() < 0 or seeds.max() >= n or len(np.unique(seeds)) < len(seeds):
-    raise ValueError(f"nodes: got {seeds}, expected different numbers in [0, {n})")
+  if len(found) and (found.min() < 0 or found.max() >= n or len(np.unique(found)) < len(found)):
+    raise ValueError(f"nodes: got {found}, expected different numbers in [0, {n})")
+  return found.astype(np.int64)
+
+
+def _check_source(n, nodes, source):
+  seeds = _check_nodes(n, nodes)
+  if not len(seeds):
+    raise ValueError(f"nodes: got {nodes!r}, expected at least one")
   mass = np.broadcast_to(np.asarray(source, np.float64), seeds.shape) if np.ndim(source) < 2 else None
   if mass is None or not np.isfinite(mass).all() or (mass < 0).any():
     raise ValueError(f"source: got {source!r}, expected a mass, at least 0, for each node")
-  return seeds.astype(np.int64), mass.copy()  # not a view that cannot be written to, which would be compiled anew
+  return seeds, mass.copy()  # not a view that cannot be written to, which would be compiled anew
 
 
 def _check_labels(n, labels, epsilon):

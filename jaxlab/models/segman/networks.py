@@ -256,6 +256,7 @@ class Encoder(nn.Module):
         )
     if self.num_classes < 0:
       raise ValueError(f"num_classes: got {self.num_classes}, expected at least 0")
+    checks.count("global_tokens", self.global_tokens)
     checks.rate("drop_path", self.drop_path)
 
 

@@ -226,3 +226,32 @@ def test_memory():
   index = hnsw.build(uniform(2000, 32))
   layer_0, above = 4 + 4 * 32 + 4 * 32 + 8, (4 + 4 * 16) * int(index.levels.sum())
   assert index.nbytes < 1.05 * (2000 * layer_0 + above)  # what hnswlib needs
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_a_graph_of_one_layer_on_a_device(n):
+  x = np.random.default_rng(0).normal(size=(n, 4)).astype("float32")
+  index = hnsw.build(x)
+  assert len(index.upper) == 0
+  labels, distances = hnsw.device_search(index, jnp.asarray(x), k=1)
+  np.testing.assert_array_equal(labels[:, 0], np.arange(n))
+  np.testing.assert_allclose(distances, 0, atol=1e-6)
+
+
+def test_exact_search_fills_up_what_is_not_there():
+  x = np.random.default_rng(0).normal(size=(4, 4)).astype("float32")
+  labels, distances = hnsw.exact_search(hnsw.delete(hnsw.build(x), [0, 1]), x[:1], k=3)
+  assert set(np.asarray(labels[0, :2])) == {2, 3} and labels[0, 2] == -1
+  assert np.isfinite(distances[0, :2]).all() and np.isinf(distances[0, 2])
+  for search in (hnsw.exact_search, hnsw.device_search):
+    with pytest.raises(ValueError, match="^index: got no points"):
+      search(hnsw.create(4), x)
+    with pytest.raises(ValueError, match="^queries: got shape"):
+      search(hnsw.build(x), x[:, :3])
+
+
+def test_capacity_can_shrink_to_what_is_used():
+  x = np.random.default_rng(0).normal(size=(23, 4)).astype("float32")
+  index = hnsw.add(hnsw.add(hnsw.build(x[:20]), x[20:21], capacity=60), x[21:], capacity=40)
+  assert len(index.labels) == 40 and index.size == 23
+  np.testing.assert_array_equal(hnsw.search(index, x, k=1)[0][:, 0], np.arange(23))

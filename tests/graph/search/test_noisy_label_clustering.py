@@ -126,6 +126,12 @@ def test_without_disagreement_labels_change_nothing():
     np.testing.assert_array_equal(full(lfd.diffuse(a, 0, 40.0, **options), 60), plain)
 
 
+@pytest.mark.parametrize("nodes", [[60], [-1], [3, 3], [0.5]])
+def test_sweeps_refuse_what_is_no_set_of_nodes(nodes):
+  with pytest.raises(ValueError, match="^nodes: got"):
+    lfd.sweep_conductance(graph(), np.array(nodes))
+
+
 def test_perfect_labels_hold_all_mass_inside_until_it_does_not_fit():
   a, inside = graph(), np.arange(60) < 20
   room = a.sum(axis=1)[:20].sum()

@@ -157,6 +157,8 @@ def _gather(signatures, vertices, mask_empty):
   """Their signatures; empty ones become different from each other by numbers above all hashes."""
   if vertices.ndim != 1 or not np.issubdtype(vertices.dtype, np.integer):
     raise ValueError(f"vertices: got {vertices!r}, expected vertex numbers")
+  if len(vertices) and (vertices.min() < 0 or vertices.max() >= len(signatures)):
+    raise ValueError(f"vertices: got {vertices}, expected numbers in [0, {len(signatures)})")
   local = signatures[vertices]
   if mask_empty:
     empty = np.flatnonzero(local[:, 0] == EMPTY)
