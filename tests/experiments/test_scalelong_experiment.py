@@ -125,3 +125,9 @@ def test_a_batch_may_be_all_images_of_validation():
   task = experiment.load(TINY)
   assert len(task.val) <= 300
   experiment.check(dataclasses.replace(TINY, batch_size=min(len(task.val), len(task.test))), task)
+
+
+@pytest.mark.parametrize("samples", [4, 20])
+def test_grid_of_few_samples(samples, tmp_path):
+  rows = {"some": np.zeros((samples, 8, 8, 1), np.float32)}
+  assert experiment.draw_grid(rows, tmp_path / "grid.png").stat().st_size > 1000
