@@ -399,6 +399,8 @@ def main(config: Config) -> None:
   checks.count("seeds", config.seeds, 1, 5 if config.weights == "official" else None)
   for name in ("modulus", "features", "steps", "epochs", "examples", "drawn"):
     checks.count(name, getattr(config, name))
+  if not 0 < int(config.share * config.modulus**2) < config.modulus**2:
+    raise ValueError(f"share: got {config.share}, expected pairs to train on and to test on")
   if config.weights == "official":
     if config.network != "modular_addition":
       raise ValueError(f"weights: got official for {config.network}, expected trained")

@@ -156,6 +156,8 @@ def draw(config: Config, curves: dict[str, list[Any]], traces: list[modest.Trace
 def main(config: Config) -> None:
   """Trains what is not trained yet, then draws and reports."""
   memory.keep()
+  if config.rounds < 3:
+    raise ValueError(f"rounds: got {config.rounds}, expected at least 3, over which accuracy is averaged")
   if not 0 < config.crash_at < config.rounds:
     raise ValueError(f"crash_at: got {config.crash_at}, expected a round before the last, {config.rounds}")
   kind = f"{config.dataset}-{config.nodes}-{config.sample}-{config.alpha}-{config.rounds}-{config.seeds}"

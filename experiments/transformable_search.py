@@ -276,7 +276,10 @@ def main(config: Config) -> None:
   record = settings(config)
   if result := finished_result(folder, record):
     return print_metrics(result)
-  task, space = comparison.cifar10(config), config.space
+  space = config.space
+  if config.random_networks:  # or says at once that draws do not come near to the target
+    tas.random(space, config.ratio * tas.macs(space, space.full), np.random.default_rng(0))
+  task = comparison.cifar10(config)
   kept = settings(config, without=("seeds", "workdir", "random_networks"))
   learner, fit = searcher(config, task.steps_per_epoch // 2), Trained(config, task, kept)
   results = {**kept, "random_networks": config.random_networks}

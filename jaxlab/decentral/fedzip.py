@@ -38,6 +38,7 @@ from jaxlab.train import Learner
 Method = Literal["huffman", "address", "gap"]
 METHODS: tuple[Method, ...] = get_args(Method)
 _RICE = 24  # parameters 0 to 23 of Golomb-Rice codes; this number stands for Elias' gamma code
+_LONGEST = 55  # bits of a code: such a one takes 10^11 symbols, and the sum over 127 codes fits into 64 bits
 _ALONE = 255
 
 
@@ -315,7 +316,7 @@ def decode(stream: bytes, n: int, clusters: int = 3) -> Quantized:
     end, used = 0, lengths[lengths > 0]
     if used.tolist() == [_ALONE]:
       symbols[:] = lengths.argmax()
-    elif not used.size or (2.0**-used).sum() != 1:
+    elif not used.size or used.max() > _LONGEST or (1 << (_LONGEST - used)).sum() != 1 << _LONGEST:
       raise ValueError(f"stream: got codes of lengths {lengths.tolist()}, expected those of a complete prefix code")
     else:
       end = _read_codes(body, symbols, lengths, _canonical(lengths))

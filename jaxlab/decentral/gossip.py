@@ -121,7 +121,8 @@ def mix(matrix: Float[Any, "m n"], models: PyTree) -> PyTree:
 
   Args:
     matrix: W; with M rows where M new models are made of N. With many models, rows of few entries are gathered.
-    models: leaves [N, ...]. Leaves of whole numbers and keys stay as they are, which needs M = N.
+    models: leaves [N, ...]. Leaves of whole numbers and keys stay as they are, which needs M = N. One that is not
+      finite makes that leaf NaN for the models that have a share of it, and for no others.
   """
   w = jnp.asarray(matrix, jnp.float32)
   leaves, structure = jax.tree.flatten(models)
@@ -143,13 +144,17 @@ def mix(matrix: Float[Any, "m n"], models: PyTree) -> PyTree:
     return gather
 
   flat = [leaves[i].reshape(leaves[i].shape[0], -1).astype(jnp.float32) for i in floating]
+  # A model that has diverged reaches those that hear it: a weight of 0 times infinity would be no number.
+  sound = [jnp.isfinite(x).all(1) for x in flat]
+  flat = [jnp.where(ok[:, None], x, 0) for ok, x in zip(sound, flat, strict=True)]
   if w.shape[1] < _MANY:
     mixed = dense(w, flat)
   else:
     entries = jnp.max(jnp.sum(w != 0, axis=1))
     branch = jnp.where(entries <= 2, 0, jnp.where(entries <= 8, 1, 2))
     mixed = jax.lax.switch(branch, [few(2), few(8), dense], w, flat)
-  for i, new in zip(floating, mixed, strict=True):
+  for i, ok, new in zip(floating, sound, mixed, strict=True):
+    new = jnp.where(((w != 0) & ~ok).any(1)[:, None], jnp.nan, new)
     leaves[i] = new.reshape(w.shape[0], *leaves[i].shape[1:]).astype(leaves[i].dtype)
   return jax.tree.unflatten(structure, leaves)
 

@@ -84,6 +84,9 @@ def iid(
 
   Returns:
     Rows of each client, disjoint; none for a client that holds no data.
+
+  Raises:
+    ValueError: a class with fewer examples than holders, or no holders.
   """
   labels = _check_labels(labels)
   checks.count("num_clients", num_clients)
@@ -94,6 +97,8 @@ def iid(
   shares = []
   for rows in _by_class(labels):
     each = len(rows) // number
+    if not each:
+      raise ValueError(f"labels: got {len(rows)} examples of a class, expected one for each of {number} holders")
     shares.append(rng.permutation(rows)[: each * number].reshape(number, each))
   mine = iter(rng.permuted(np.concatenate(shares, axis=1), axis=1))
   return [next(mine) if h else np.zeros(0, np.int64) for h in holds]

@@ -108,6 +108,8 @@ def minibatches(
     count: examples of the client.
     capacity: M, at least `count`.
     work: the round's.
+
+  Places that are not real repeat the client's own examples: networks that normalise over a batch see no others.
   """
   size = capacity if work.batch_size is None else checks.count("batch_size", work.batch_size)
   if work.steps is None:
@@ -117,16 +119,15 @@ def minibatches(
   draws = jax.random.uniform(key, (passes, capacity))
   # Each row: the real places in random order, then the others.
   order = jnp.argsort(jnp.where(jnp.arange(capacity) < count, draws, 2.0), axis=1).astype(jnp.int32)
+  length = jnp.maximum(count, 1)
   if work.steps is not None and work.batch_size is not None:
     # One stream of passes, each as long as the client's data; small clients go through the same orders again.
     at = jnp.arange(work.steps * size)
-    length = jnp.maximum(count, 1)
     place = order[at // length % passes, at % length]
     return place.reshape(-1, size), jnp.broadcast_to(count > 0, (work.steps, size))
   steps = -(-capacity // size)  # of the largest client; in a smaller one the last are empty
-  pad = steps * size - capacity
-  place = jnp.pad(order, ((0, 0), (0, pad))).reshape(-1, size)
-  return place, jnp.tile((jnp.arange(steps * size) < count).reshape(steps, size), (passes, 1))
+  at = jnp.arange(steps * size)
+  return order[:, at % length].reshape(-1, size), jnp.tile((at < count).reshape(steps, size), (passes, 1))
 
 
 def train_clients(

@@ -46,7 +46,8 @@ class Schedule:
     end: peers at the end.
     max_steps: local steps of the whole run; from there on `end` holds (except for `fixed`).
     point: progress at which `truncate` changes to `end` and `truncate_v2` begins its window of `end`.
-    window: length of that window, in progress.
+    window: length of that window, in progress. Progress is compared in float32, in which windows of one length hold as
+      many rounds; in the official code's doubles 0.1 + 0.05 is above 0.15, one round more.
   """
 
   kind: Kind = "fixed"

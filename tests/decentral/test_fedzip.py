@@ -137,6 +137,8 @@ def test_streams_that_nobody_wrote_are_refused():
   cases += [
     (changed(streams["gap"], 14, 25), 1000),
     (changed(streams["huffman"], 13, 9), 1000),
+    (changed(streams["huffman"], 13, 60), 1000),
+    (changed(streams["huffman"], 13, 200), 1000),
     (changed(alone, 14, 255), 1000),
   ]
   for stream, n in cases:

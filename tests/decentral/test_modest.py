@@ -184,6 +184,9 @@ def test_events_happen_in_an_order_that_is_possible():
   ):
     with pytest.raises(ValueError, match="^events: got Event.*expected joins of absent"):
       modest.simulate(modest.Protocol(2, 1), 6, 3, events=events)
+  gone = [event(2, "crash", i) for i in range(4)]
+  with pytest.raises(ValueError, match="^events: got a node that joins in round 2"):
+    modest.simulate(modest.Protocol(2), 4, 6, events=[*gone, event(2, "join", 0)])
 
 
 # -------------------------------------------------------------------------------------------------------- the learner

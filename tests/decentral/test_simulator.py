@@ -127,6 +127,18 @@ def test_many_models_are_mixed_by_few_entries_or_by_all_alike():
     np.testing.assert_allclose(mixed["b"].reshape(70, 4), matrix @ models["b"].reshape(70, 4), atol=1e-5)
 
 
+@pytest.mark.parametrize("n", [3, 70])
+def test_a_model_that_has_diverged_reaches_those_alone_that_hear_it(n):
+  w = np.eye(n, dtype="float32")
+  w[0, :3] = 0.5, 0.25, 0.25
+  models = {"a": jnp.arange(n * 2.0).reshape(n, 2).at[2, 1].set(jnp.inf), "b": jnp.ones(n)}
+  mixed = gossip.mix(w, models)
+  sound = np.setdiff1d(np.arange(n), [0, 2])
+  assert np.isnan(mixed["a"][jnp.array([0, 2])]).all()
+  np.testing.assert_array_equal(mixed["a"][sound], models["a"][sound])
+  np.testing.assert_array_equal(mixed["b"], 1)
+
+
 # -------------------------------------------------------------------------------------------------- minibatches, rounds
 
 
@@ -137,6 +149,7 @@ def test_an_epoch_sees_every_example_once(count, size, epochs):
   assert place.shape == real.shape == (epochs * -(-7 // size), size)
   for part, mask in zip(np.split(place, epochs), np.split(real, epochs), strict=True):
     np.testing.assert_array_equal(np.sort(part[mask]), np.arange(count))
+  assert (place < max(count, 1)).all()  # what is not real is the client's own, too
 
 
 def test_a_number_of_steps_runs_through_passes():
@@ -327,6 +340,7 @@ def test_bad_arguments_are_named():
     (lambda: partition.clients(data.examples, [np.arange(5)], capacity=2), "capacity"),
     (lambda: partition.clients({"a": np.ones(3), "b": np.ones(2)}, [np.arange(2)]), "examples"),
     (lambda: partition.iid(np.ones(4), 2, seed=0), "labels"),
+    (lambda: partition.iid(np.repeat(np.arange(2), 4), 5, seed=0), "labels"),
     (lambda: partition.iid(np.ones(4, int), 2, holders=np.zeros(2, bool), seed=0), "holders"),
     (lambda: partition.class_weights(3, 2, 0.0, seed=0), "alpha"),
     (lambda: partition.classes(np.array([0, 0, 2])), "labels"),

@@ -44,5 +44,7 @@ def test_a_share_that_is_never_reached_has_no_rounds():
 def test_bad_settings_are_named(tmp_path):
   with pytest.raises(ValueError, match="^nodes: got 20"):
     experiment.crash(experiment.Config(nodes=20), 0)
+  with pytest.raises(ValueError, match="^rounds: got 2"):
+    experiment.main(experiment.Config(rounds=2, crash_at=1, workdir=tmp_path))
   with pytest.raises(ValueError, match="^crash_at: got 9"):
     experiment.main(experiment.Config(crash_at=9, rounds=9, workdir=tmp_path))

@@ -109,7 +109,7 @@ def branch_and_bound(
     nonlocal cases
     cases += 1
     value = float(min(found.norm, parent))  # a parent's bound holds for its halves
-    if found.scores[0] > 0:
+    if found.scores[0] > 0 and value > 0:  # no norm is lower than 0
       case = _Case(value, row, phases, found.lower, found.upper, found.scores, found.picks)
       heapq.heappush(queues[row], (-value, next(order), case))
     else:

@@ -216,7 +216,10 @@ class _Simulation:
     while self.events and self.events[0].round <= round:
       _, what, number = self.events.pop(0)
       if what == "join":
-        host = self.nodes[int(self.rng.choice([i for i, node in self.nodes.items() if node.online]))]
+        online = [i for i, node in self.nodes.items() if node.online]
+        if not online:
+          raise ValueError(f"events: got a node that joins in round {round}, when no other is left to join by")
+        host = self.nodes[int(self.rng.choice(online))]
         before = self.nodes.get(number)
         node = self.nodes[number] = _Node(number, host.view | {node_id(number): Entry()})
         if before is not None:  # its events go on from those that others know of

@@ -171,7 +171,7 @@ def _intercepted(
     outputs = next_function(*args, **kwargs)
     path = "/".join(context.module.path)
     if context.method_name == "__call__" and path in targets:
-      return change(path, args[0], outputs)
+      return change(path, args[0] if args else kwargs["inputs"], outputs)
     return outputs
 
   def run(variables: Mapping[str, PyTree], inputs: Any, **options: Any) -> Any:
