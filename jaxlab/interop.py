@@ -19,10 +19,12 @@ import fnmatch
 import os
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import ml_dtypes
 import numpy as np
 
 Transform = Callable[[np.ndarray], np.ndarray]
@@ -270,8 +272,9 @@ def load(path: str | os.PathLike[str], key: str | None = None) -> dict[str, np.n
   if path.suffix == ".npz":
     try:
       with np.load(path, allow_pickle=False) as file:
-        return dict(file)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        # NumPy writes bfloat16 as two bytes of no type.
+        return {name: a.view(ml_dtypes.bfloat16) if a.dtype == "V2" else a for name, a in file.items()}
+    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
       raise ValueError(f"path: got {str(path)!r}, which does not read as an npz of plain arrays ({error})") from error
   if path.suffix not in _TORCH:
     raise ValueError(f"path: got {str(path)!r}, expected the suffix .safetensors, .npz or one of {', '.join(_TORCH)}")
@@ -304,7 +307,6 @@ def _numpy(value: Any) -> np.ndarray:
     return np.asarray(value)
   tensor = value.detach().cpu().contiguous()
   if str(tensor.dtype) == "torch.bfloat16":  # NumPy has no such type of its own: reinterpret the bits
-    import ml_dtypes
     import torch
 
     return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)

@@ -44,7 +44,8 @@ class Lanes(kernels.Vectors):
     return self.builder.sext(self.builder.load(place), WORD)
 
   def exp2(self, x):
-    """2^x and 2^x - 1 to float32's precision, x clipped to [-126, 126]."""
+    """2^x and 2^x - 1 to float32's precision, x clipped to [-126, 126]; NaN of NaN."""
+    given = x
     x = self._call("minnum", self._call("maxnum", x, self.constant(-126.0)), self.constant(126.0))
     whole = self._call("floor", self.builder.fadd(x, self.constant(0.5)))
     f = self.builder.fsub(x, whole)
@@ -56,7 +57,11 @@ class Lanes(kernels.Vectors):
     exponent = self.builder.add(self.builder.fptosi(whole, integers), ir.Constant(integers, [127] * LANES))
     scale = self.builder.bitcast(self.builder.shl(exponent, ir.Constant(integers, [23] * LANES)), self.type)
     less_one = self.builder.fsub(scale, self.constant(1.0))
-    return self.multiply_add(scale, power, scale), self.multiply_add(scale, power, less_one)
+    # The clipping would make a number of it. Compared as bits, since fast arithmetic knows no NaN.
+    bits = self.builder.and_(self.builder.bitcast(given, integers), ir.Constant(integers, [0x7FFFFFFF] * LANES))
+    nan = self.builder.icmp_signed(">", bits, ir.Constant(integers, [0x7F800000] * LANES))
+    results = self.multiply_add(scale, power, scale), self.multiply_add(scale, power, less_one)
+    return tuple(self.builder.select(nan, given, result) for result in results)
 
   def sigmoid(self, x):
     """1 / (1 + exp(-x))."""

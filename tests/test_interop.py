@@ -242,8 +242,10 @@ def test_load_npz_and_safetensors(tmp_path):
   for name, array in state.items():
     assert loaded[name].dtype == array.dtype
     np.testing.assert_array_equal(loaded[name], array)
-  np.savez(tmp_path / "w.npz", **{"a.weight": state["a.weight"]})
-  np.testing.assert_array_equal(interop.load(str(tmp_path / "w.npz"))["a.weight"], state["a.weight"])
+  np.savez(tmp_path / "w.npz", **{name: state[name] for name in ("a.weight", "h")})
+  for name, array in interop.load(str(tmp_path / "w.npz")).items():
+    assert array.dtype == state[name].dtype
+    np.testing.assert_array_equal(array, state[name])
 
 
 def bad_file(folder, case):
@@ -254,7 +256,13 @@ def bad_file(folder, case):
   np.savez(folder / "objects.npz", x=np.array([{}], dtype=object))
   np.savez(folder / "good.npz", x=np.zeros(100))
   safetensors.numpy.save_file({"x": np.zeros(100)}, folder / "good.safetensors")
+  np.savez_compressed(folder / "packed.npz", x=normal(1000))
+  flipped = bytearray((folder / "packed.npz").read_bytes())
+  flipped[80] ^= 255
+  np.save(folder / "array.npy", np.ones(3))
   return {
+    "one array": lambda: (folder / "array.npy").rename(folder / "array.npz"),
+    "flipped bit": lambda: path("f.npz", bytes(flipped)),
     "missing": lambda: folder / "none.npz",
     "folder": lambda: folder,
     "suffix": lambda: path("w.h5"),
@@ -277,6 +285,8 @@ def bad_file(folder, case):
     "truncated safetensors",
     "empty safetensors",
     "pickle as npz",
+    "one array",
+    "flipped bit",
   ],
 )
 def test_load_names_a_bad_file(tmp_path, case):

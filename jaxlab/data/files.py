@@ -1,8 +1,10 @@
 """Where data files come from: the caller's folder, the folder that `JAXLAB_DATA` names, or a checked download."""
 
+import gzip
 import hashlib
 import os
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Callable
 from typing import TypeVar
@@ -44,8 +46,11 @@ def fetch(
   cache = pathlib.Path(pooch.os_cache("jaxlab")) / folder
   try:
     if url.endswith(".gz"):  # the checksum is that of the content
-      packed = pooch.retrieve(url, None, fname=f"{name}.gz", path=cache)
-      return _verify(pathlib.Path(pooch.Decompress(name=name)(packed, "download", None)), sha256)
+      if not (cache / name).is_file() or sha256 not in (None, _digest(cache / name)):
+        packed = pathlib.Path(pooch.retrieve(url, None, fname=f"{name}.gz", path=cache))
+        write(cache / name, lambda target: _unpack(packed, target))
+        packed.unlink()
+      return _verify(cache / name, sha256)
     return pathlib.Path(pooch.retrieve(url, f"sha256:{sha256}" if sha256 else None, fname=name, path=cache))
   except ValueError as error:  # pooch: what came is not what was published
     raise ValueError(f"{url}: got a download with another checksum, expected sha256 {sha256} ({error})") from error
@@ -55,12 +60,19 @@ def fetch(
 
 
 def _verify(path: pathlib.Path, sha256: str | None) -> pathlib.Path:
-  if sha256 is not None:
-    with open(path, "rb") as file:
-      got = hashlib.file_digest(file, "sha256").hexdigest()
-    if got != sha256:
-      raise ValueError(f"{path}: got sha256 {got}, expected {sha256}: truncated or changed, fetch it again")
+  if sha256 is not None and (got := _digest(path)) != sha256:
+    raise ValueError(f"{path}: got sha256 {got}, expected {sha256}: truncated or changed, fetch it again")
   return path
+
+
+def _digest(path: pathlib.Path) -> str:
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _unpack(packed: pathlib.Path, target: pathlib.Path) -> None:
+  with gzip.open(packed) as source, open(target, "wb") as file:
+    shutil.copyfileobj(source, file)
 
 
 def _missing(argument: str, path: pathlib.Path, url: str, folder: str) -> str:

@@ -62,7 +62,7 @@ def dense(
     y = jax.lax.conv_general_dilated(
       x, kernel, (stride, stride), ((padding, padding),) * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-  return y if bias is None else y + bias
+  return volume.add_bias(y, bias)
 
 
 def depthwise(
@@ -108,7 +108,7 @@ def depthwise(
       dimension_numbers=("NHWC", "HWIO", "NHWC"),
       feature_group_count=x.shape[-1],
     )
-    y = y if bias is None else y + bias
+    y = volume.add_bias(y, bias)
   return y.reshape(*x.shape[:-3], *y.shape[1:])
 
 
@@ -150,7 +150,7 @@ def grouped_pointwise(
     preferred_element_type=jnp.float32,
   )
   y = y.reshape(*x.shape[:-1], out).astype(x.dtype)
-  return y if bias is None else y + bias
+  return volume.add_bias(y, bias)
 
 
 def _host_depthwise(x, kernel, bias):

@@ -37,13 +37,14 @@ def farthest_points(
   Args:
     points: clouds.
     count: m, at most n.
-    start: first choices; default the point farthest from the origin, which no rotation or permutation changes.
+    start: first choices; default the point farthest from the origin, which no rotation or permutation changes. Traced
+      ones are clipped to [0, n).
 
   Returns:
     Indices, int32, in order of choice: the first k are a sample of k. Of equally far points, the first in the cloud.
 
   Raises:
-    ValueError: no such clouds, or more choices than points.
+    ValueError: no such clouds, more choices than points, or a start that is no point.
   """
   check_points(points)
   checks.count("count", count)
@@ -54,7 +55,9 @@ def farthest_points(
     start = jnp.argmax((points**2).sum(-1), -1)
   if start.shape != points.shape[:1]:
     raise ValueError(f"start: got shape {start.shape}, expected {points.shape[:1]}, one index a cloud")
-  start = start.astype(jnp.int32)
+  if not isinstance(start, jax.core.Tracer) and ((start < 0) | (start >= points.shape[1])).any():
+    raise ValueError(f"start: got {start}, expected indices in [0, {points.shape[1]})")
+  start = jnp.clip(start, 0, points.shape[1] - 1).astype(jnp.int32)
   if not kernels.available():
     return farthest_points_device(points, count, start)
   result = jax.ShapeDtypeStruct((points.shape[0], count), jnp.int32)

@@ -84,8 +84,9 @@ def _along(matrix: np.ndarray, y: Array, axis: int) -> Array:
 def _sums(matrix: np.ndarray, y: Array, axis: int) -> Array:
   """The same, entry by entry of the rows."""
   entries = np.count_nonzero(matrix, 1).max()
-  places = np.argsort(matrix == 0, 1, kind="stable")[:, :entries]  # rows of fewer entries read others at weight 0
+  places = np.argsort(matrix == 0, 1, kind="stable")[:, :entries]
   weights = np.take_along_axis(matrix, places, 1).astype(np.float32)
+  places = np.where(weights == 0, places[:, :1], places)  # rows of fewer entries read one again, at weight 0
   shape = [-1 if a == axis else 1 for a in range(y.ndim)]
   return sum(jnp.take(y, p, axis, mode="clip") * w.reshape(shape) for p, w in zip(places.T, weights.T, strict=True))
 

@@ -64,7 +64,15 @@ def convolve(
   else:
     padding = [(p, p) for p in before]
     y = jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
-  return y if bias is None else y + bias
+  return add_bias(y, bias)
+
+
+def add_bias(y: Float[Array, "*b o"], bias: Float[Array, " o"] | None) -> Float[Array, "*b o"]:
+  """y + bias in float32 or wider, in which the bias's gradient is a sum over all places, and in the dtype of `y`."""
+  if bias is None:
+    return y
+  wide = jnp.promote_types(y.dtype, jnp.float32)
+  return (y.astype(wide) + bias.astype(wide)).astype(y.dtype)
 
 
 def on_host(

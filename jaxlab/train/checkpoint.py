@@ -140,14 +140,33 @@ class Checkpoints:
 
 
 def save_variables(path: str | os.PathLike, variables: Mapping[str, Any]) -> None:
-  """Writes flax variables (nested dicts of arrays or scalars) to a folder, atomically, replacing what is there.
+  """Writes flax variables (nested dicts of arrays or scalars) to a folder, replacing what is there.
+
+  What is there is moved aside only when all is written, so that a failure or a kill loses nothing.
 
   Args:
     path: the folder.
     variables: such as `state.variables` of a `supervised` learner.
+
+  Raises:
+    ValueError: an array without elements.
   """
+  folder = Path(path).absolute()
+  fresh, aside = folder.with_name(folder.name + ".new"), _aside(folder)
   with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(Path(path).absolute(), jax.tree.map(_array, dict(variables)), force=True)
+    checkpointer.save(fresh, jax.tree.map(_array, dict(variables)), force=True)
+  if jax.process_index() == 0:
+    if folder.exists():
+      shutil.rmtree(aside, ignore_errors=True)
+      folder.rename(aside)
+    fresh.rename(folder)
+    shutil.rmtree(aside, ignore_errors=True)
+  _barrier("jaxlab_variables_saved")
+
+
+def _aside(folder: Path) -> Path:
+  """Where the variables of before are for a moment."""
+  return folder.with_name(folder.name + ".old")
 
 
 def load_variables(path: str | os.PathLike) -> dict[str, Any]:
@@ -157,6 +176,8 @@ def load_variables(path: str | os.PathLike) -> dict[str, Any]:
     ValueError: if the folder holds no variables.
   """
   folder = Path(path).absolute()
+  if not folder.exists():  # or killed in that moment
+    folder = _aside(folder)
   if not (folder / "_CHECKPOINT_METADATA").is_file():
     raise ValueError(f"path: got {path}, expected a folder written by save_variables")
   with ocp.PyTreeCheckpointer() as checkpointer:

@@ -29,7 +29,7 @@ class _Regression(nn.Module):
     size = data.shape[0]
     if train:
       time_key, noise_key = jax.random.split(self.make_rng("dropout"))
-      t = jax.random.uniform(time_key, (size,))
+      t = jnp.maximum(jax.random.uniform(time_key, (size,)), 2**-23)  # at 0 a velocity may be infinite
     else:  # the same times, evenly spread, and the same noise at every evaluation
       noise_key = jax.random.key(0)
       t = (jnp.arange(size) + 0.5) / size

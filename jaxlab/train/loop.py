@@ -86,8 +86,9 @@ def fit(
 
   Raises:
     ValueError: on a bad argument, or a workdir that belongs to a different run.
-    FloatingPointError: when `loss` or `grad_norm` of a step, or the state, is not finite. The batch of that step is in
-      `workdir` as `.npz` and the last good checkpoint stays; a state with a NaN is never saved.
+    FloatingPointError: when `loss` or `grad_norm` of a step is not finite, or the state holds NaN or its `params`
+      infinities. The batch of that step is in `workdir` as `.npz` and the last good checkpoint stays; such a state is
+      never saved.
   """
   checks.count("steps", steps)
   evaluate_every = checks.count("evaluate_every", steps if evaluate_every is None else evaluate_every)
@@ -149,8 +150,8 @@ def fit(
           logs.record(step, {f"eval_{name}": value for name, value in evaluation.items()})
         logs.advance(step)
         if saves:
-          if _has_nan(state):
-            _stop(folder, step, batch, "the state holds NaN although the loss is finite")
+          if _broken(state):
+            _stop(folder, step, batch, "the state holds NaN or infinite parameters although the loss is finite")
           logs.flush()
           checkpoints.save(step, state, source.iterator)
         if stop:
@@ -241,9 +242,12 @@ def _ready(metrics: Metrics) -> bool:
 
 
 @jax.jit
-def _has_nan(state: PyTree) -> Array:
-  floating = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
-  return functools.reduce(jnp.logical_or, [jnp.isnan(x).any() for x in floating], jnp.array(False))
+def _broken(state: PyTree) -> Array:
+  """NaN anywhere, or infinite parameters; elsewhere infinity may be meant, as of the best loss so far."""
+  floating = lambda tree: [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+  found = [jnp.isnan(x).any() for x in floating(state)]
+  found += [jnp.isinf(x).any() for x in floating(getattr(state, "params", ()))]
+  return functools.reduce(jnp.logical_or, found, jnp.array(False))
 
 
 def _stop(folder: Path, step: int, batch: Batch, why: str) -> NoReturn:

@@ -60,6 +60,17 @@ def test_unpacks_gzip(server):
   assert path.name == "packed.txt" and path.read_bytes() == CONTENT
 
 
+def test_a_wrong_packed_download_is_not_kept(server, tmp_path):
+  url, packed = server + "packed.txt.gz", tmp_path / "served" / "packed.txt.gz"
+  right = packed.read_bytes()
+  packed.write_bytes(gzip.compress(b"another"))
+  with pytest.raises(ValueError, match="another checksum"):
+    files.fetch("sub", "packed.txt", url=url, sha256=SHA256)
+  packed.write_bytes(right)
+  path = files.fetch("sub", "packed.txt", url=url, sha256=SHA256)
+  assert path.read_bytes() == CONTENT and [p.name for p in path.parent.iterdir()] == ["packed.txt"]
+
+
 def test_local_folder_comes_first(server, tmp_path):
   local = tmp_path / "local/sub/good.txt"
   local.parent.mkdir(parents=True)

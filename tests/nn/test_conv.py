@@ -174,3 +174,10 @@ def test_dense_form_equals_xla(k, stride, padding, size, inputs, outputs, monkey
 def test_bad_dense_input(call, argument):
   with pytest.raises(ValueError, match=f"^{argument}: got"):
     call(jnp.ones((1, 8, 8, 3)), jnp.ones((3, 3, 3, 5)))
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_the_gradient_of_a_narrow_bias_is_the_whole_sum(k):
+  x, kernel = jnp.ones((1, 96, 96, 4), jnp.bfloat16), jnp.ones((k, k, 4, 4), jnp.bfloat16)
+  total = lambda bias: conv.dense(x, kernel, bias, padding=k // 2).astype("float32").sum()
+  np.testing.assert_array_equal(jax.jit(jax.grad(total))(jnp.zeros(4, jnp.bfloat16)), 96**2)

@@ -49,6 +49,12 @@ def test_farthest_points_start_far_from_the_origin():
   assert (distance.min(2).max(1) <= among).all()
 
 
+def test_traced_starts_are_clipped():
+  x = cloud(1, 5)
+  sample = jax.jit(lambda start: points.farthest_points(x, 3, start))
+  np.testing.assert_array_equal(sample(jnp.array([10**6])), sample(jnp.array([4])))
+
+
 def test_all_points_and_equal_points():
   x = cloud(1, 6)
   assert sorted(farthest(x, 6)[0].tolist()) == list(range(6))
@@ -136,6 +142,8 @@ def test_rotations_are_uniform():
     (lambda: points.farthest_points(cloud(1, 5), 6), "count"),
     (lambda: points.farthest_points(cloud(1, 5), 0), "count"),
     (lambda: points.farthest_points(cloud(2, 5), 2, np.zeros(1, "int32")), "start"),
+    (lambda: points.farthest_points(cloud(1, 5), 2, np.array([5])), "start"),
+    (lambda: points.farthest_points(cloud(1, 5), 2, np.array([-1])), "start"),
     (lambda: points.nearest_points(cloud(1, 5), cloud(1, 5), 6), "k"),
     (lambda: points.nearest_points(cloud(2, 5), cloud(1, 5), 2), "queries"),
     (lambda: points.interpolate_features(cloud(1, 5), cloud(1, 5), cloud(1, 4)), "features"),

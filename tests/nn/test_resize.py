@@ -58,3 +58,11 @@ def test_bad_arguments():
     resize(x, (2, 2), "area")
   with pytest.raises(ValueError, match="method: got 'nearest'"):
     resize(x, (2, 2), "nearest", align_corners=True)
+
+
+def test_a_pixel_without_a_value_spoils_no_other_place():
+  x = jnp.ones((1, 7, 1)).at[0, 0].set(jnp.nan)
+  np.testing.assert_array_equal(np.isnan(adaptive_average_pool(x, (5,))[0, :, 0]), [True, False, False, False, False])
+  for method, few in (("linear", 2), ("cubic", 5)):
+    wide = resize(jnp.ones((1, 8, 1)).at[0, 0].set(jnp.nan), (16,), method)[0, :, 0]
+    assert np.isfinite(wide[few + 1 :]).all() and np.isnan(wide[0])

@@ -270,3 +270,15 @@ def test_empty_batches_and_single_tokens(form):
 def test_bad_input_is_named(change, argument):
   with pytest.raises(ValueError, match=f"^{argument}: got "):
     selective_scan(**arguments(0, 2, 8, 4, 2, 1) | change)
+
+
+@pytest.mark.parametrize("discretization", ["mamba", "zoh"])
+@pytest.mark.parametrize("name", ["delta", "A"])
+def test_what_is_no_number_stays_none(form, name, discretization):
+  inputs = arguments(1, 1, 6, 20, 3, 1)
+  if name == "A":
+    inputs["A"][4] = np.nan
+  else:
+    inputs["delta"][:, 0, 4] = np.nan
+  y = selective_scan(**inputs, discretization=discretization, delta_softplus=True)
+  assert np.isnan(y[..., 4]).all() and np.isfinite(np.delete(y, 4, axis=2)).all()

@@ -52,6 +52,8 @@ def test_relative_positions_of_a_small_window():
   ("change", "message"),
   [
     ({"window": 4}, "query: got shape"),
+    ({"key": np.zeros((1, 6, 3, 8))}, "key: got shape"),
+    ({"value": np.zeros((1, 3, 6, 8))}, "value: got shape"),
     ({"shift": 3}, "shift: got 3"),
     ({"shift": -1}, "shift: got -1"),
     ({"table": np.zeros((9, HEADS))}, "table: got shape"),

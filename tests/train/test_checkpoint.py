@@ -208,6 +208,18 @@ def test_variables_round_trip_with_numpy_scalars(tmp_path):
     assert (a.dtype, a.tobytes()) == (b.dtype, b.tobytes())
 
 
+def test_variables_survive_a_save_that_fails_and_a_kill_between_renames(tmp_path):
+  path, kept = tmp_path / "v", {"params": {"a": np.ones(2, np.float32)}}
+  train.save_variables(path, kept)
+  with pytest.raises(ValueError):
+    train.save_variables(path, {"params": {"a": np.zeros(2), "e": np.zeros((0, 3))}})
+  np.testing.assert_array_equal(train.load_variables(path)["params"]["a"], 1)
+  path.rename(tmp_path / "v.old")  # where it is for a moment
+  np.testing.assert_array_equal(train.load_variables(path)["params"]["a"], 1)
+  train.save_variables(path, {"params": {"a": np.full(2, 3.0)}})
+  np.testing.assert_array_equal(train.load_variables(path)["params"]["a"], 3)
+
+
 def test_loading_what_is_not_there_is_refused(tmp_path):
   with pytest.raises(ValueError, match="^path: got .*expected a folder written by save_variables"):
     train.load_variables(tmp_path / "nothing")
