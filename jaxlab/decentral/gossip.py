@@ -144,17 +144,24 @@ def mix(matrix: Float[Any, "m n"], models: PyTree) -> PyTree:
     return gather
 
   flat = [leaves[i].reshape(leaves[i].shape[0], -1).astype(jnp.float32) for i in floating]
-  # A model that has diverged reaches those that hear it: a weight of 0 times infinity would be no number.
-  sound = [jnp.isfinite(x).all(1) for x in flat]
-  flat = [jnp.where(ok[:, None], x, 0) for ok, x in zip(sound, flat, strict=True)]
-  if w.shape[1] < _MANY:
-    mixed = dense(w, flat)
-  else:
+
+  def sums(w: Array, xs: list[Array]) -> list[Array]:
+    if w.shape[1] < _MANY:
+      return dense(w, xs)
     entries = jnp.max(jnp.sum(w != 0, axis=1))
     branch = jnp.where(entries <= 2, 0, jnp.where(entries <= 8, 1, 2))
-    mixed = jax.lax.switch(branch, [few(2), few(8), dense], w, flat)
-  for i, ok, new in zip(floating, sound, mixed, strict=True):
-    new = jnp.where(((w != 0) & ~ok).any(1)[:, None], jnp.nan, new)
+    return jax.lax.switch(branch, [few(2), few(8), dense], w, xs)
+
+  # A model that has diverged reaches those that hear it alone, but a weight of 0 times infinity would be no number.
+  # A product finds such models faster than a comparison of all numbers.
+  sound = [jnp.isfinite(x @ jnp.full(x.shape[1], 1e-20)) for x in flat]
+
+  def apart(w: Array, xs: list[Array]) -> list[Array]:
+    new = sums(w, [jnp.where(ok[:, None], x, 0) for ok, x in zip(sound, xs, strict=True)])
+    return [jnp.where(((w != 0) & ~ok).any(1)[:, None], jnp.nan, y) for ok, y in zip(sound, new, strict=True)]
+
+  mixed = jax.lax.cond(jnp.stack(sound).all(), sums, apart, w, flat) if flat else []
+  for i, new in zip(floating, mixed, strict=True):
     leaves[i] = new.reshape(w.shape[0], *leaves[i].shape[1:]).astype(leaves[i].dtype)
   return jax.tree.unflatten(structure, leaves)
 
