@@ -309,23 +309,21 @@ def run(config: Config, seed: int) -> tuple[dict[str, list[float]], dict[str, np
   """Dice of each class by network, and the classes that each sees in the first test scan."""
   images, train_label, test_label = data(config, seed)
   scores, seen, models = {}, {}, networks(config)
+  tested = lambda predicted: front_of(largest_component(predicted), test_label)
   if config.study == "transfer":
     start = fit(config, "pretrained", models["pretrained"], seed, images[0], train_label)
     targets = (train_label == 2).astype(np.int32), (test_label == 2).astype(np.int32)
     for name, origin in (("fine-tuned", start), ("from scratch", None)):
       variables = fit(config, name, models["new task"], seed, images[2], targets[0], start=origin)
-      seen[name] = predict(config, models["new task"], variables, images[3])
-      seen[name] = front_of(largest_component(seen[name]), test_label)
+      seen[name] = tested(predict(config, models["new task"], variables, images[3]))
       scores[name] = dice(seen[name], targets[1], 2)
     return scores, seen
   for name, model in models.items():
     variables = fit(config, name, model, seed, images[0], train_label)
-    seen[name] = predict(config, model, variables, images[1])
-    seen[name] = front_of(largest_component(seen[name]), test_label)
+    seen[name] = tested(predict(config, model, variables, images[1]))
     scores[name] = dice(seen[name], test_label, 3)
   if config.study == "networks":
-    seen["thresholds"] = thresholds(images[0], train_label, images[1])
-    seen["thresholds"] = front_of(largest_component(seen["thresholds"]), test_label)
+    seen["thresholds"] = tested(thresholds(images[0], train_label, images[1]))
     scores["thresholds"] = dice(seen["thresholds"], test_label, 3)
   return scores, seen
 
