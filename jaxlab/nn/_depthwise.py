@@ -66,20 +66,23 @@ def _convolve_tile(typing, k, tile, lanes, edge, x, x_row, x_pixel, first, width
 
 
 @intrinsic(prefer_literal=True)
-def _correlate_row(typing, k, tile, lanes, rows, x, x_row, g, width, channels, offset, sums, zeros):
-  """sums[r, kx, :] += sum over j of x[r, j + kx - k // 2, :] * g[j, :] for r < rows, for one vector of channels.
+def _correlate_row(typing, k, tile, lanes, rows, x, x_row, g, width, channels, offset, sums, bias, zeros):
+  """sums[r, kx, :] += sum over j of x[r, j + kx - k // 2, :] * g[j, :] for r < rows, and bias[:] += sum of g[j, :].
 
-  Addresses are in bytes and of pixel 0; `offset` is that of the vector inside a pixel, `zeros` points at zeros.
+  For one vector of channels. Addresses are in bytes and of pixel 0; `offset` is that of the vector inside a pixel,
+  `zeros` points at zeros, and where `bias` is 0, g is not summed.
   """
   k_, tile_, lanes_, rows_ = k.literal_value, tile.literal_value, lanes.literal_value, rows.literal_value
 
   def codegen(context, builder, signature, args):
-    x, x_row, g, width, channels, offset, sums, zeros = args[4:]
+    x, x_row, g, width, channels, offset, sums, bias, zeros = args[4:]
     vectors = kernels.Vectors(builder, lanes_)
     add, mul = builder.add, builder.mul
     pixel = mul(channels, _word(4))
+    summed = builder.icmp_unsigned("!=", bias, _word(0))
     x, g, sums = add(x, offset), add(g, offset), add(sums, offset)
-    addresses = [add(sums, mul(pixel, _word(tap))) for tap in range(rows_ * k_)]
+    bias = builder.select(summed, add(bias, offset), zeros)
+    addresses = [*(add(sums, mul(pixel, _word(tap))) for tap in range(rows_ * k_)), bias]
     places = vectors.registers([vectors.load(address) for address in addresses])
     tiles = builder.udiv(add(width, _word(tile_ - 1)), _word(tile_))
     with cgutils.for_range(builder, tiles) as loop:
@@ -88,6 +91,8 @@ def _correlate_row(typing, k, tile, lanes, rows, x, x_row, g, width, channels, o
       for t in range(tile_):
         position = add(first, _word(t))
         gradients.append(vectors.load(_inside(builder, position, width, add(g, mul(position, pixel)), zeros)))
+      with builder.if_then(summed):
+        builder.store(functools.reduce(builder.fadd, gradients, builder.load(places[-1])), places[-1])
       for r in range(rows_):
         row = add(x, mul(x_row, _word(r)))
         inputs = []
@@ -99,12 +104,14 @@ def _correlate_row(typing, k, tile, lanes, rows, x, x_row, g, width, channels, o
           for t in range(tile_):
             total = vectors.multiply_add(inputs[t + kx], gradients[t], total)
           builder.store(total, places[r * k_ + kx])
-    for address, place in zip(addresses, places, strict=True):
+    for address, place in zip(addresses[:-1], places[:-1], strict=True):
       vectors.store(builder.load(place), address)
+    with builder.if_then(summed):
+      vectors.store(builder.load(places[-1]), bias)
     return context.get_dummy_value()
 
   word = types.int64
-  return types.void(k, tile, lanes, rows, *[word] * 8), codegen
+  return types.void(k, tile, lanes, rows, *[word] * 9), codegen
 
 
 def lanes_for(channels: int) -> int:
@@ -159,7 +166,10 @@ def convolve_items(shape: tuple[int, ...]) -> int:
 
 @functools.cache
 def correlate(k: int, tile: int, lanes: int) -> kernels.Kernel:
-  """Kernel (x, g [N, H, W, C]) -> partial weight gradients [items, k * k, C]; an item is a run of image rows."""
+  """Kernel (x, g [N, H, W, C]) -> partial gradients [items, k * k + 1, C]; an item is a run of image rows.
+
+  The last row is that of the bias, the sum of g.
+  """
   group = {3: 3, 5: 2}.get(k, 1)  # kernel rows whose sums fit into the registers together
 
   @kernels.kernel(f"depthwise.correlate.{k}.{tile}.{lanes}")
@@ -170,24 +180,25 @@ def correlate(k: int, tile: int, lanes: int) -> kernels.Kernel:
     row, pad = 4 * channels * width, k // 2
     zeros = np.zeros(channels, np.float32)
     sums[item] = 0
-    target = sums.ctypes.data + 4 * channels * k * k * item
+    target = sums.ctypes.data + 4 * channels * (k * k + 1) * item
     total, items = x.shape[0] * height, sums.shape[0]
     for r in range(total * item // items, total * (item + 1) // items):
       i = r % height
       start, stop = max(0, pad - i), min(k, height + pad - i)
       for c in range(0, 4 * channels, 4 * lanes):
-        ky = start
+        ky, bias = start, target + 4 * channels * k * k
         while ky < stop:
           source = x.ctypes.data + row * (r + ky - pad)
           gradient = g.ctypes.data + row * r
           out = target + 4 * channels * k * ky
           if group > 1 and ky + group <= stop:
             _correlate_row(
-              k, tile, lanes, group, source, row, gradient, width, channels, c, out, zeros.ctypes.data
+              k, tile, lanes, group, source, row, gradient, width, channels, c, out, bias, zeros.ctypes.data
             )  # fmt: skip
             ky += group
           else:
-            _correlate_row(k, tile, lanes, 1, source, row, gradient, width, channels, c, out, zeros.ctypes.data)
+            _correlate_row(k, tile, lanes, 1, source, row, gradient, width, channels, c, out, bias, zeros.ctypes.data)
             ky += 1
+          bias = 0  # g counts once
 
   return kernel

@@ -182,7 +182,7 @@ def _convolve_forward(x, kernel, bias):
 def _convolve_backward(saved, g):
   x, kernel = saved
   dx = _convolve(g, kernel[::-1, ::-1], jnp.zeros(x.shape[-1]))
-  return dx, _correlate(x, g, kernel.shape[0]), g.sum((0, 1, 2))
+  return dx, *_correlate(x, g, kernel.shape[0])
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)
@@ -190,22 +190,22 @@ _convolve.defvjp(_convolve_forward, _convolve_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _correlate(x, g, k):
-  """Weight gradient: sum over pixels of x, shifted by each tap, times g; [k, k, 1, C]."""
+  """Gradients of weights, sums over pixels of x, shifted by each tap, times g, and of the bias: [k, k, 1, C] and [C]."""
   images, height, width, channels = x.shape
   parts = min(16, images * height)
   host = _depthwise.correlate(k, _depthwise.tile_for(width), _depthwise.lanes_for(channels))
-  (sums,) = kernels.call(host, [jax.ShapeDtypeStruct((parts, k * k, channels), x.dtype)], x, g, items=parts)
-  return sums.sum(0).reshape(k, k, 1, channels)
+  (sums,) = kernels.call(host, [jax.ShapeDtypeStruct((parts, k * k + 1, channels), x.dtype)], x, g, items=parts)
+  sums = sums.sum(0)
+  return sums[:-1].reshape(k, k, 1, channels), sums[-1]
 
 
 def _correlate_forward(x, g, k):
   return _correlate(x, g, k), (x, g)
 
 
-def _correlate_backward(k, saved, dkernel):
-  x, g = saved
-  none = jnp.zeros(x.shape[-1])
-  return _convolve(g, dkernel[::-1, ::-1], none), _convolve(x, dkernel, none)
+def _correlate_backward(k, saved, cotangents):
+  (x, g), (dkernel, dbias) = saved, cotangents
+  return _convolve(g, dkernel[::-1, ::-1], jnp.zeros(x.shape[-1])), _convolve(x, dkernel, dbias)
 
 
 _correlate.defvjp(_correlate_forward, _correlate_backward)
