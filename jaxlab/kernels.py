@@ -406,6 +406,20 @@ def exp(x):
   return y * np.uint32(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23)).view(np.float32)
 
 
+def stepped(builder: ir.IRBuilder, step):
+  """Function of an address and a number i that gives the address i steps on, in the form processors add by themselves.
+
+  Four addresses are then one register and multiples of the step.
+  """
+  multiples = [builder.mul(step, ir.IntType(64)(i)) for i in range(4)]
+
+  def place(base, i):
+    base = builder.add(base, builder.mul(step, ir.IntType(64)(i // 4 * 4))) if i >= 4 else base
+    return builder.add(base, multiples[i % 4]) if i % 4 else base
+
+  return place
+
+
 class Vectors:
   """Float32 vectors at byte addresses, for inner loops that a kernel writes with LLVM's builder."""
 

@@ -16,6 +16,7 @@ from numba.extending import intrinsic
 from jaxlab import kernels
 
 _BAND = 8  # output rows an item makes
+_INSIDE, _LEFT, _RIGHT, _BOTH = range(4)  # where a run of pixels reaches beyond its row
 _word = ir.IntType(64)
 
 
@@ -25,44 +26,45 @@ def _inside(builder, position, width, address, zeros):
 
 
 @intrinsic(prefer_literal=True)
-def _convolve_tile(typing, k, tile, lanes, edge, x, x_row, x_pixel, first, width, w, rows, channels, bias, y, zeros):
+def _convolve_tile(typing, k, tile, lanes, edge, x, x_row, first, width, w, rows, channels, bias, y, zeros):
   """y[t, :] = bias + sum over rows and kx of x[row, first + t + kx, :] * w[row, kx, :] for t < tile.
 
-  Addresses are in bytes; `x` is that of pixel `first`, which is negative at the left edge; `zeros` holds as many
-  zeros as there are channels.
+  Addresses are in bytes; `x` is that of pixel `first`; `zeros` holds as many zeros as there are channels. Of the
+  tile + k - 1 pixels, the first k // 2 lie outside of the row where `edge` is `_LEFT`, the last where it is `_RIGHT`,
+  and those that `first` and `width` say where it is `_BOTH`.
   """
   k_, tile_, lanes_, edge_ = k.literal_value, tile.literal_value, lanes.literal_value, edge.literal_value
 
   def codegen(context, builder, signature, args):
-    x, x_row, x_pixel, first, width, w, rows, channels, bias, y, zeros = args[4:]
+    x, x_row, first, width, w, rows, channels, bias, y, zeros = args[4:]
     vectors = kernels.Vectors(builder, lanes_)
     add, mul = builder.add, builder.mul
-    pixels, steps = [], []
-    for u in range(tile_ + k_ - 1):
-      address, step, position = add(x, mul(x_pixel, _word(u))), x_row, add(first, _word(u))
-      if edge_:
-        address, step = (_inside(builder, position, width, a, z) for a, z in ((address, zeros), (x_row, _word(0))))
-      pixels.append(address)
-      steps.append(step)
-    tap = mul(channels, _word(4))
+    pixel = mul(channels, _word(4))
+    step = kernels.stepped(builder, pixel)
+    read = range(k_ // 2 if edge_ == _LEFT else 0, tile_ + k_ - 1 - (k_ // 2 if edge_ == _RIGHT else 0))
     with cgutils.for_range(builder, builder.udiv(channels, _word(lanes_))) as block:
       offset = mul(block.index, _word(vectors.bytes))
       sums = vectors.registers([vectors.load(add(bias, offset))] * tile_)
       with cgutils.for_range(builder, rows) as row:
-        inputs = [vectors.load(add(add(p, offset), mul(row.index, s))) for p, s in zip(pixels, steps, strict=True)]
-        weights = add(add(w, offset), mul(row.index, mul(tap, _word(k_))))
+        start = add(add(x, offset), mul(row.index, x_row))
+        along = add(add(w, offset), mul(row.index, mul(pixel, _word(k_))))
+        weights = [vectors.load(step(along, kx)) for kx in range(k_)]
         totals = [builder.load(place) for place in sums]
-        for kx in range(k_):
-          weight = vectors.load(add(weights, mul(tap, _word(kx))))
-          totals = [vectors.multiply_add(inputs[t + kx], weight, totals[t]) for t in range(tile_)]
-        for place, total in zip(sums, totals, strict=True):
-          builder.store(total, place)
-      for t, place in enumerate(sums):
-        vectors.store(builder.load(place), add(add(y, offset), mul(tap, _word(t))))
+        for u in read:
+          address = step(start, u)
+          if edge_ == _BOTH:
+            address = _inside(builder, add(first, _word(u)), width, address, zeros)
+          value = vectors.load(address)
+          for t in range(max(0, u - k_ + 1), min(u + 1, tile_)):
+            totals[t] = vectors.multiply_add(value, weights[u - t], totals[t])
+        for total, stored in zip(totals, sums, strict=True):
+          builder.store(total, stored)
+      for t, total in enumerate(sums):
+        vectors.store(builder.load(total), step(add(y, offset), t))
     return context.get_dummy_value()
 
   word = types.int64
-  return types.void(k, tile, lanes, edge, *[word] * 11), codegen
+  return types.void(k, tile, lanes, edge, *[word] * 10), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -119,10 +121,15 @@ def lanes_for(channels: int) -> int:
   return kernels.max_lanes() if channels % kernels.max_lanes() == 0 else 8
 
 
-def tile_for(width: int) -> int:
-  """Output pixels computed together: as many as the registers hold, wasting few where tiles overlap at the end."""
-  most = 8 if kernels.max_lanes() == 16 else 6
-  return min(range(1, min(most, width) + 1), key=lambda tile: -(-width // tile) * (tile + 2))
+def tile_for(width: int, k: int) -> int:
+  """Output pixels computed together: as many as the registers hold, wasting few where tiles overlap at the end.
+
+  Small filters wait for memory, which long tiles make worse. A tile that reaches both ends of a row has to look where
+  each of its pixels is.
+  """
+  most = (8 if k <= 5 else 14) if kernels.max_lanes() == 16 else 6
+  cost = lambda tile: -(-width // tile) * (tile + 2) * (1.25 if tile == width else 1)
+  return min(range(1, min(most, width) + 1), key=cost)
 
 
 @functools.cache
@@ -145,15 +152,26 @@ def convolve(k: int, tile: int, lanes: int) -> kernels.Kernel:
         j = min(j, width - tile)
         source = x.ctypes.data + row * (n * height + i + start - pad) + pixel * (j - pad)
         target = y.ctypes.data + row * (n * height + i) + pixel * j
-        if j >= pad and j + tile + pad <= width:
+        fits = j + tile + pad <= width
+        if j >= pad and fits:
           _convolve_tile(
-            k, tile, lanes, False, source, row, pixel, j - pad, width, weights, stop - start, channels,
-            bias.ctypes.data, target, zeros.ctypes.data,
+            k, tile, lanes, _INSIDE, source, row, j - pad, width, weights, stop - start, channels, bias.ctypes.data,
+            target, zeros.ctypes.data,
+          )  # fmt: skip
+        elif j == 0 and fits:
+          _convolve_tile(
+            k, tile, lanes, _LEFT, source, row, j - pad, width, weights, stop - start, channels, bias.ctypes.data,
+            target, zeros.ctypes.data,
+          )  # fmt: skip
+        elif j >= pad and j == width - tile:
+          _convolve_tile(
+            k, tile, lanes, _RIGHT, source, row, j - pad, width, weights, stop - start, channels, bias.ctypes.data,
+            target, zeros.ctypes.data,
           )  # fmt: skip
         else:
           _convolve_tile(
-            k, tile, lanes, True, source, row, pixel, j - pad, width, weights, stop - start, channels,
-            bias.ctypes.data, target, zeros.ctypes.data,
+            k, tile, lanes, _BOTH, source, row, j - pad, width, weights, stop - start, channels, bias.ctypes.data,
+            target, zeros.ctypes.data,
           )  # fmt: skip
 
   return kernel

@@ -79,8 +79,7 @@ def accumulate(typing, tile, vectors, lanes, pairs, y, y_t, a, a_t, b, n0, a_0, 
     column = lambda address, v: add(address, _word(vector.bytes * v))
     rows = [add(y, mul(y_t, _word(t))) for t in range(tile_)]
     places = vector.registers([vector.load(column(row, v)) for row in rows for v in range(vectors_)])
-    # Four addresses are one register and multiples of the step: the processor adds these itself.
-    two, three = mul(a_t, _word(2)), mul(a_t, _word(3))
+    place = kernels.stepped(builder, a_t)
     with contextlib.ExitStack() as nest:
       at, weights = a, b
       for n, a_step, b_step in zip(loops[::3], loops[1::3], loops[2::3], strict=True):
@@ -88,9 +87,7 @@ def accumulate(typing, tile, vectors, lanes, pairs, y, y_t, a, a_t, b, n0, a_0, 
         at, weights = add(at, mul(loop.index, a_step)), add(weights, mul(loop.index, b_step))
       loaded = [vector.load(column(weights, v)) for v in range(vectors_)]
       for t in range(tile_):
-        base = at if t < 4 else add(at, mul(a_t, _word(t // 4 * 4)))
-        place = base if t % 4 == 0 else add(base, (a_t, two, three)[t % 4 - 1])
-        value = vector.splat(builder.load(builder.inttoptr(place, ir.FloatType().as_pointer())))
+        value = vector.splat(builder.load(builder.inttoptr(place(at, t), ir.FloatType().as_pointer())))
         for v in range(vectors_):
           total = builder.load(places[t * vectors_ + v])
           total = _multiply_add(builder, vector, pairs_, value, loaded[v], total)
