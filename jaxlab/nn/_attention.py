@@ -62,8 +62,9 @@ def attend(lanes: int, pairs: bool) -> kernels.Kernel:
     _tiles.pack_panels(lanes, _VECTORS, pairs, v.reshape(-1), at, channels, keys, depth, values, steps * wide)
     asked = np.zeros(_QUERIES * words, np.uint32)
     scores = np.empty(_QUERIES * tokens, np.float32)
-    weights = np.zeros(_QUERIES * tokens, result)
-    answers, broken = np.empty(_QUERIES * panels * wide, np.float32), np.empty(_QUERIES, np.bool_)
+    weights = np.zeros(_QUERIES * tokens, result) if pairs else scores
+    answers = np.empty(_QUERIES * panels * wide, np.float32)
+    over, broken = np.empty(_QUERIES, np.float32), np.empty(_QUERIES, np.bool_)
     used = (keys + together - 1) // together
     for first in range(queries * part // parts, queries * (part + 1) // parts, _QUERIES):
       count = min(_QUERIES, queries * (part + 1) // parts - first)
@@ -72,20 +73,20 @@ def attend(lanes: int, pairs: bool) -> kernels.Kernel:
       _products(lanes, pairs, scores, tokens, asked, words, turned, words, words, tokens // wide, count)
       for t in range(count):
         row = scores[t * tokens : t * tokens + keys]
-        top, broken[t] = _largest(row), _broken(row)
+        top, broken[t] = _largest(row)
         total = _exp(row, scale[0], scale[0] * top)
-        logs[b, h, first + t] = scale[0] * top + np.log(total)
-        over = np.float32(1) / total
-        for m in range(keys):
-          row[m] *= over
-        write(row, weights[t * tokens : t * tokens + keys])
+        logs[b, h, first + t], over[t] = scale[0] * top + np.log(total), np.float32(1) / total
+        if pairs:
+          write(row, weights[t * tokens : t * tokens + keys])
       answers[:] = 0
       _products(lanes, pairs, answers, panels * wide, weights, steps, values, steps, used, panels, count)
       for t in range(count):
-        place = t * panels * wide
+        answer = answers[t * panels * wide : t * panels * wide + depth]
+        for c in range(depth):
+          answer[c] *= over[t]
         if broken[t]:
-          answers[place : place + depth] = np.uint32(0x7FC00000).view(np.float32)
-        write(answers[place : place + depth], out[b, first + t, h * depth : (h + 1) * depth])
+          answer[:] = np.uint32(0x7FC00000).view(np.float32)
+        write(answer, out[b, first + t, h * depth : (h + 1) * depth])
 
   return kernel
 
@@ -175,8 +176,8 @@ def _padded(count, multiple):
 def _products(lanes, pairs, sums, width, left, step, right, panel, length, panels, count):
   """sums[t, :] += left[t, :length] @ right for `count` rows, and more up to a tile; a row of left is `step` words."""
   wide = _VECTORS * lanes
-  for t in range(0, count, _TILE):
-    for p in range(panels):
+  for p in range(panels):
+    for t in range(0, count, _TILE):
       _tiles.accumulate(
         _TILE, _VECTORS, lanes, pairs, sums.ctypes.data + 4 * (t * width + p * wide), 4 * width,
         left.ctypes.data + 4 * t * step, 4 * step, right.ctypes.data + 4 * p * panel * wide,
@@ -232,24 +233,19 @@ def _across(weights, tokens, count, pairs, words):
 
 
 @numba.njit(inline="always")
-def _broken(row):
-  """Whether a logit is infinite or no number: told by its bits, as kernels are compiled for finite numbers."""
-  bits, found = row.view(np.uint32), False
-  for m in range(len(row)):
-    found |= (bits[m] & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
-  return found
-
-
-@numba.njit(inline="always")
 def _largest(row):
-  """The largest number, by bits, as LLVM makes vector instructions of a maximum only of whole numbers.
+  """The largest logit, and whether one is infinite or no number.
 
-  Bits of floats order as whole numbers do once those of negative ones are turned.
+  Both by bits: of these LLVM makes vector instructions, and it takes numbers of kernels to be finite. Bits of floats
+  order as whole numbers do once those of negative ones are turned.
   """
-  bits, top = row.view(np.int32), np.int32(-0x80000000)
+  bits, top, size = row.view(np.int32), np.int32(-0x80000000), np.int32(0)
   for m in range(len(row)):
+    magnitude = bits[m] & np.int32(0x7FFFFFFF)
     top = max(top, bits[m] ^ ((bits[m] >> np.int32(31)) & np.int32(0x7FFFFFFF)))
-  return np.int32(top ^ ((top >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32)
+    size = max(size, magnitude)
+  largest = np.int32(top ^ ((top >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32)
+  return largest, size >= np.int32(0x7F800000)
 
 
 @numba.njit(inline="always")

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from jaxlab import kernels
 
-_BLOCK = 1 << 14  # values that an item computes
+_BLOCK = 1 << 15  # values that an item computes
 
 
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -92,17 +92,15 @@ def _tail(x):
 @functools.cache
 def _values(narrow: bool) -> kernels.Kernel:
   """Kernel x [n] -> gelu(x) [n]."""
-  dtype, read, write = kernels.numbers(narrow)
+  dtype, read, made = kernels.numbers(narrow)
 
   @kernels.kernel(f"gelu.values.{narrow}")
   def kernel(item, frame):
     x, y = kernels.operand(frame, 0, dtype, 1), kernels.result(frame, 0, dtype, 1)
     source, target = x[item * _BLOCK : (item + 1) * _BLOCK], y[item * _BLOCK : (item + 1) * _BLOCK]
-    values = np.empty(len(source), np.float32)
     for i in range(len(source)):
       value = read(source[i])
-      values[i] = value * _tail(value)[0]
-    write(values, target)
+      target[i] = made(value * _tail(value)[0])
 
   return kernel
 
@@ -110,18 +108,17 @@ def _values(narrow: bool) -> kernels.Kernel:
 @functools.cache
 def _gradients(narrow: bool) -> kernels.Kernel:
   """Kernel (x [n], g [n]) -> gelu'(x) g [n]."""
-  dtype, read, write = kernels.numbers(narrow)
+  dtype, read, made = kernels.numbers(narrow)
 
   @kernels.kernel(f"gelu.gradients.{narrow}")
   def kernel(item, frame):
     x, g = kernels.operand(frame, 0, dtype, 1), kernels.operand(frame, 1, dtype, 1)
     y = kernels.result(frame, 0, dtype, 1)
     source, slope = x[item * _BLOCK : (item + 1) * _BLOCK], g[item * _BLOCK : (item + 1) * _BLOCK]
-    target, values = y[item * _BLOCK : (item + 1) * _BLOCK], np.empty(len(source), np.float32)
+    target = y[item * _BLOCK : (item + 1) * _BLOCK]
     for i in range(len(source)):
       value = read(source[i])
       below, density = _tail(value)
-      values[i] = (below + value * density) * read(slope[i])
-    write(values, target)
+      target[i] = made((below + value * density) * read(slope[i]))
 
   return kernel

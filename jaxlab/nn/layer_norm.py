@@ -121,7 +121,7 @@ def _items(x: Array) -> int:
 @functools.cache
 def _rows(narrow: bool, narrow_result: bool) -> kernels.Kernel:
   """Kernel (x [N, C], scale [C], bias [C], epsilon [1]) -> y [N, C], means and 1 / std [N, 2]."""
-  (dtype, read, _), (result, _, write) = kernels.numbers(narrow), kernels.numbers(narrow_result)
+  (dtype, read, _), (result, _, made) = kernels.numbers(narrow), kernels.numbers(narrow_result)
 
   @kernels.kernel(f"layer_norm.rows.{narrow}.{narrow_result}")
   def kernel(item, frame):
@@ -141,8 +141,7 @@ def _rows(narrow: bool, narrow_result: bool) -> kernels.Kernel:
         squares += row[c] * row[c]
       over = np.float32(1) / np.sqrt(squares / n + epsilon[0])
       for c in range(channels):
-        row[c] = row[c] * over * scale[c] + bias[c]
-      write(row, y[i])
+        y[i, c] = made(row[c] * over * scale[c] + bias[c])
       moments[i, 0], moments[i, 1] = mean, over
 
   return kernel
@@ -151,7 +150,7 @@ def _rows(narrow: bool, narrow_result: bool) -> kernels.Kernel:
 @functools.cache
 def _rows_gradient(narrow: bool, narrow_result: bool) -> kernels.Kernel:
   """Kernel (x [N, C], scale [C], moments [N, 2], g [N, C]) -> dx [N, C], parts of dscale and dbias [items, 2, C]."""
-  (dtype, read, write), (result, read_g, _) = kernels.numbers(narrow), kernels.numbers(narrow_result)
+  (dtype, read, made), (result, read_g, _) = kernels.numbers(narrow), kernels.numbers(narrow_result)
 
   @kernels.kernel(f"layer_norm.gradient.{narrow}.{narrow_result}")
   def kernel(item, frame):
@@ -175,8 +174,7 @@ def _rows_gradient(narrow: bool, narrow_result: bool) -> kernels.Kernel:
         along += scaled[c] * row[c]
       total, along = total / n, along / n
       for c in range(channels):
-        row[c] = over * (scaled[c] - total - row[c] * along)
-      write(row, dx[i])
+        dx[i, c] = made(over * (scaled[c] - total - row[c] * along))
     kernels.write(dscale, sums[item, 0])
     kernels.write(dbias, sums[item, 1])
 
