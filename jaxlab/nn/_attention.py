@@ -17,10 +17,11 @@ import numpy as np
 from numba import types
 
 from jaxlab import kernels
-from jaxlab.nn import _tiles
+from jaxlab.nn import _tiles, softmax
 
 _TILE, _VECTORS = 8, 2  # of the sums in registers
 _QUERIES = 64  # of a block
+_AHEAD = 8  # tokens
 _ITEMS = 8  # of a call, at least, to balance the load
 
 
@@ -73,8 +74,8 @@ def attend(lanes: int, pairs: bool) -> kernels.Kernel:
       _products(lanes, pairs, scores, tokens, asked, words, turned, words, words, tokens // wide, count)
       for t in range(count):
         row = scores[t * tokens : t * tokens + keys]
-        top, broken[t] = _largest(row)
-        total = _exp(row, scale[0], scale[0] * top)
+        top, broken[t] = softmax.largest(row)
+        total = softmax.exp(row, row, scale[0], scale[0] * top)
         logs[b, h, first + t], over[t] = scale[0] * top + np.log(total), np.float32(1) / total
         if pairs:
           write(row, weights[t * tokens : t * tokens + keys])
@@ -138,7 +139,7 @@ def gradient(lanes: int, pairs: bool) -> kernels.Kernel:
       for t in range(count):
         row, slope = scores[t * tokens : t * tokens + keys], slopes[t * tokens : t * tokens + keys]
         # Divided by their sum once more, as a rounding of the logarithm would not cancel in what follows.
-        over, mean = np.float32(1) / _exp(row, scale[0], logs[b, h, first + t]), np.float32(0)
+        over, mean = np.float32(1) / softmax.exp(row, row, scale[0], logs[b, h, first + t]), np.float32(0)
         for m in range(keys):
           row[m] *= over
           mean += row[m] * slope[m]
@@ -190,6 +191,7 @@ def _turn(x, b, first, depth, pairs, words, wide, turned):
   """Tokens of a head, in panels of `wide` tokens: word i of token m of panel p at (p * words + i) * wide + m."""
   for m in range(x.shape[1]):
     row = x[b, m]
+    _prefetch(x, b, m + _AHEAD, first, depth)
     place = m // wide * words * wide + m % wide
     for i in range(words):
       turned[place + i * wide] = _word(row, first, depth, i, pairs)
@@ -200,8 +202,17 @@ def _rows(x, b, first_row, count, first, depth, pairs, words, target):
   """Words of tokens of a head, row after row."""
   for t in range(count):
     row = x[b, first_row + t]
+    _prefetch(x, b, first_row + t + _AHEAD, first, depth)
     for i in range(words):
       target[t * words + i] = _word(row, first, depth, i, pairs)
+
+
+@numba.njit(inline="always")
+def _prefetch(x, b, m, first, depth):
+  """Asks for a head's channels of a token to come: tokens are far apart, so the processor does not foresee them."""
+  start = x.ctypes.data + x.itemsize * ((b * x.shape[1] + m) * x.shape[2] + first)
+  for byte in range(0, x.itemsize * depth, 64):
+    kernels.prefetch(start + byte)
 
 
 @numba.njit(inline="always")
@@ -230,29 +241,3 @@ def _across(weights, tokens, count, pairs, words):
       following = bits[(t + 1) * tokens : (t + 2) * tokens]
       for m in range(tokens):
         target[m] |= kernels.rounded(following[m]) << np.uint32(16)
-
-
-@numba.njit(inline="always")
-def _largest(row):
-  """The largest logit, and whether one is infinite or no number.
-
-  Both by bits: of these LLVM makes vector instructions, and it takes numbers of kernels to be finite. Bits of floats
-  order as whole numbers do once those of negative ones are turned.
-  """
-  bits, top, size = row.view(np.int32), np.int32(-0x80000000), np.int32(0)
-  for m in range(len(row)):
-    magnitude = bits[m] & np.int32(0x7FFFFFFF)
-    top = max(top, bits[m] ^ ((bits[m] >> np.int32(31)) & np.int32(0x7FFFFFFF)))
-    size = max(size, magnitude)
-  largest = np.int32(top ^ ((top >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32)
-  return largest, size >= np.int32(0x7F800000)
-
-
-@numba.njit(inline="always")
-def _exp(row, scale, shift):
-  """exp(scale * row - shift) in place; returns the sum."""
-  total = np.float32(0)
-  for m in range(len(row)):
-    row[m] = kernels.exp(scale * row[m] - shift)
-    total += row[m]
-  return total

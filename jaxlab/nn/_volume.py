@@ -27,6 +27,7 @@ from jaxlab.nn import _tiles
 _NEAR = 96 * 1024  # numbers of the volume that an item reads, if it can do with so few: they stay in its core's cache
 _PIECE = 128  # numbers of a window that are summed in registers without a stop
 _FEW_CHANNELS = 64  # whose numbers are near each other in memory
+_ROWS = 128  # of filters that an item of `filters` turns, an even number
 _PLACES = 32  # of a window that are copied together for the gradient
 _ITEMS = 16  # of a call, at least, to balance the load
 # Positions in the plan that an operation hands its kernel.
@@ -73,6 +74,31 @@ def plan(
     groups, parts = min(chunks, -(-_ITEMS // blocks)), blocks
   framed = before is None
   return np.array([*strides, *block, *window, *(before or (0, 0, 0)), framed, groups, parts], np.int32), groups * parts
+
+
+def filter_items(rows: int) -> int:
+  """Items of `filters`."""
+  return -(-rows // _ROWS)
+
+
+@functools.cache
+def filters(vectors: int, lanes: int, pairs: bool) -> kernels.Kernel:
+  """Kernel w [kd * kh * kw * C, O] -> words, as `convolve` reads them: the outputs in panels, one after the other.
+
+  XLA's CPU backend turns arrays at a few GB/s.
+  """
+  number, together = (types.uint16, 2) if pairs else (types.uint32, 1)
+
+  @kernels.kernel(f"volume.filters.{vectors}.{lanes}.{pairs}")
+  def kernel(item, frame):
+    w, words = kernels.operand(frame, 0, number, 2), kernels.result(frame, 0, types.uint32, 1)
+    rows, out = w.shape
+    wide, first = vectors * lanes, item * _ROWS
+    panel, count = rows // together * wide, min(_ROWS, rows - first)
+    place = words[first // together * wide :]
+    _tiles.pack_panels(lanes, vectors, pairs, w.reshape(-1), first * out, out, count, out, place, panel)
+
+  return kernel
 
 
 @functools.cache

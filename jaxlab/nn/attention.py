@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxlab import kernels
-from jaxlab.nn import _attention, _tiles, product
+from jaxlab.nn import _attention, _tiles, product, softmax
 
 _MOST = 128  # channels of a head up to which the host kernel is the faster one
 
@@ -74,12 +74,12 @@ def _by_xla(query, key, value, num_heads, bias=None, mask=None):
   def heads(tokens: Array) -> Array:
     return tokens.reshape(*tokens.shape[:2], num_heads, size).swapaxes(1, 2)
 
-  q, k, v = heads(query), heads(key), heads(value)
-  logits = _product(q, k.swapaxes(2, 3)) * size**-0.5
+  q, k, v = heads(query * size**-0.5), heads(key), heads(value)
+  logits = _product(q, k.swapaxes(2, 3))
   if bias is not None:
     logits = logits + bias
-  weights = jax.nn.softmax(logits, where=mask).astype(value.dtype)
-  return _product(weights, v).astype(value.dtype).swapaxes(1, 2).reshape(query.shape)
+  weights = softmax.softmax(logits) if mask is None else jax.nn.softmax(logits, where=mask)
+  return _product(weights.astype(value.dtype), v).astype(value.dtype).swapaxes(1, 2).reshape(query.shape)
 
 
 def _product(a, b):

@@ -134,12 +134,7 @@ def _convolve(x, kernel, strides, before, sides):
   channels = kernel.shape[4]
   lanes, vectors = _tiles.lanes_for(channels), _tiles.vectors_for(channels, 4)
   tile, wide = _tiles.tile_for(sides[2], vectors), lanes * vectors
-  filters = kernel.reshape(*window[:2], -1, channels // wide, wide).transpose(3, 0, 1, 2, 4)
-  words = x.shape[4]  # of four bytes, that a voxel takes
-  if pairs:
-    filters = filters.reshape(*filters.shape[:3], -1, 2, wide).swapaxes(4, 5)
-    filters = jax.lax.bitcast_convert_type(filters, jnp.uint32)
-    words //= 2
+  words = x.shape[4] // 2 if pairs else x.shape[4]  # of four bytes, that a voxel takes
   copied = _copied(window)
   if not copied:
     x = _framed(x, strides, before, window, (*sides[:2], -(-sides[2] // tile) * tile))
@@ -149,6 +144,14 @@ def _convolve(x, kernel, strides, before, sides):
   if not copied and words % 256 == 0:  # rows of voxels at such steps would share few lines of the cache
     x = jnp.pad(x, [(0, 0)] * 4 + [(0, 64 // x.dtype.itemsize)])
   result = jax.ShapeDtypeStruct((x.shape[0], *sides, channels), x.dtype)
+  shape = channels // wide, *window[:2], window[2] * words, wide
+  rows = kernel.reshape(-1, channels)
+  (filters,) = kernels.call(
+    _volume.filters(vectors, lanes, pairs),
+    [jax.ShapeDtypeStruct(shape, jnp.uint32)],
+    rows,
+    items=_volume.filter_items(len(rows)),
+  )
   host = _volume.convolve(tile, vectors, lanes, pairs)
   (y,) = kernels.call(host, [result], x, filters, jnp.asarray(plan), items=items)
   return y[..., :out]
