@@ -60,7 +60,7 @@ def multi_head_attention(
 
   plain = bias is None and mask is None and query.dtype == key.dtype == value.dtype
   small = channels // num_heads <= _MOST
-  if plain and small and kernels.reads(query):
+  if plain and small and query.size and key.size and kernels.reads(query):
     narrow = query.dtype == jnp.bfloat16 and not _tiles.has_pairs()
     tokens = (x.astype(jnp.float32) if narrow else x for x in (query, key, value))
     return _attend(*tokens, num_heads)[0].astype(query.dtype)

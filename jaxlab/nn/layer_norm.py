@@ -50,7 +50,7 @@ def layer_norm(
     if value.shape != x.shape[-1:]:
       raise ValueError(f"{name}: got shape {value.shape}, expected {x.shape[-1:]} for x of shape {x.shape}")
   dtype = jnp.dtype(dtype or x.dtype)
-  if kernels.reads(x, jax.ShapeDtypeStruct(x.shape, dtype)) and kernels.available(scale, bias):
+  if x.size and kernels.reads(x, jax.ShapeDtypeStruct(x.shape, dtype)) and kernels.available(scale, bias):
     rows = x.reshape(-1, x.shape[-1])
     y, _ = _normalize(rows, scale.astype(jnp.float32), bias.astype(jnp.float32), float(epsilon), dtype)
     return y.reshape(x.shape)

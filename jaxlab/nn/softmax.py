@@ -29,7 +29,7 @@ def softmax(x: Float[Array, "*rows m"]) -> Float[Array, "*rows m"]:
   Returns:
     Same shape and dtype. On CPU a probability is 1e-38 at least, that of a logit of -infinity too.
   """
-  if x.dtype == jnp.float32 and kernels.available():
+  if x.size and x.dtype == jnp.float32 and kernels.available():
     return _softmax(x.reshape(-1, x.shape[-1])).reshape(x.shape)
   return jax.nn.softmax(x)
 
