@@ -209,7 +209,10 @@ def batches(
   stop = len(rows) - len(rows) % shard_count if drop_remainder else len(rows)
   dataset = grain.MapDataset.source(rows)[shard_index:stop:shard_count]
   if seed is not None:
-    dataset = dataset.seed(checks.count("seed", seed, 0)).shuffle()
+    checks.count("seed", seed, 0)
+    if shard_count > 1:  # of its own, or the shards would augment their images alike
+      seed = int(np.random.SeedSequence((seed, shard_index)).generate_state(1)[0])
+    dataset = dataset.seed(seed).shuffle()
   # Batches end with the epoch, so the batch comes before the repetition; repeating reshuffles and augments anew.
   if augment is not None:
     dataset = dataset.random_map(functools.partial(_augmented, augment))

@@ -152,7 +152,8 @@ def supervised(
       metrics = jax.tree.map(lambda m: jnp.mean(m, axis=0), metrics)
 
     if axis_name is not None:
-      grads, collections, metrics = jax.lax.pmean((grads, collections, metrics), axis_name)
+      grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
+      collections = jax.tree.map(lambda x: jax.lax.pmean(x, axis_name) if _floating(x) else x, collections)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     average = state.average
@@ -240,8 +241,11 @@ def decay_mask(params: PyTree) -> PyTree:
 
 def _moved(old: PyTree, new: PyTree, fraction: float) -> PyTree:
   """`old` moved towards `new`; whole numbers cannot be averaged, so they take the new value."""
-  floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
-  return jax.tree.map(lambda a, b: a + fraction * (b - a) if floating(b) else b, old, new)
+  return jax.tree.map(lambda a, b: a + fraction * (b - a) if _floating(b) else b, old, new)
+
+
+def _floating(x: Array) -> bool:
+  return jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def _split(batch: Batch, parts: int) -> Batch:

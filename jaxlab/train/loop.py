@@ -261,7 +261,9 @@ def _stop(folder: Path, step: int, batch: Batch, why: str) -> NoReturn:
 
 
 def _local(leaf: Any) -> np.ndarray:
-  """The part of an array that this process holds."""
+  """The part of an array that this process holds; of keys, their words."""
+  if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    leaf = jax.random.key_data(leaf)
   if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
     return np.concatenate([np.asarray(shard.data) for shard in leaf.addressable_shards])
   return np.asarray(leaf)

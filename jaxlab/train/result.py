@@ -151,7 +151,7 @@ def report(
 
 
 def settings(config: Any, *, without: Sequence[str] = (), **added: Any) -> dict[str, Any]:
-  """Settings as JSON can hold them; what JSON does not know becomes text.
+  """Settings as JSON can hold them; what JSON does not know, infinity and NaN included, becomes text.
 
   Args:
     config: a dataclass or mapping.
@@ -168,7 +168,7 @@ def settings(config: Any, *, without: Sequence[str] = (), **added: Any) -> dict[
   if unknown := set(without) - set(config):
     raise ValueError(f"without: got {sorted(unknown)}, expected some of {sorted(config)}")
   kept = {name: value for name, value in config.items() if name not in without}
-  return json.loads(json.dumps(kept | added, default=str))
+  return json.loads(json.dumps(kept | added, default=str), parse_constant=str)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -122,6 +122,17 @@ def test_shards_are_disjoint(toy, drop_remainder):
     assert sorted(seen) == list(range(23))
 
 
+def test_shards_augment_by_themselves():
+  """At each place in the order of a shard, another draw than at that of its neighbours."""
+  blank = {"image": np.zeros((8, 2, 2, 1), np.uint8), "label": np.arange(8)}
+  noise = lambda image, rng: rng.integers(0, 256, image.shape, np.uint8)
+  first, second = (
+    next(images.batches(blank, 4, seed=0, mean=(0.0,), std=(1.0,), augment=noise, shard_index=i, shard_count=2))
+    for i in range(2)
+  )
+  assert not (first["image"] == second["image"]).all((1, 2, 3)).any()
+
+
 @pytest.mark.parametrize("mode", [None, "constant", "reflect"])
 def test_crop_and_flip(mode):
   image = np.arange(1, 49, dtype=np.uint8).reshape(4, 4, 3)

@@ -245,6 +245,16 @@ def test_non_finite_loss_names_the_step_and_saves_its_batch(tmp_path, at):
     same(fit(tmp_path), fit(tmp_path / "whole"))  # goes on from the last good checkpoint
 
 
+def test_a_batch_with_keys_is_saved_too(tmp_path):
+  def batches(step):
+    return {"x": -batch_at(step)["x"], "key": jax.random.key(step)}
+
+  with pytest.raises(FloatingPointError, match="^step 1: loss is nan"):
+    fit(tmp_path, batches=batches)
+  with np.load(tmp_path / "nonfinite_step_1.npz") as stored:
+    np.testing.assert_array_equal(stored["key"], jax.random.key_data(jax.random.key(0)))
+
+
 def test_one_bad_seed_is_enough(tmp_path):
   pair = {"x": np.stack([batch_at(0)["x"], -batch_at(0)["x"]])}
   learner = train.over_seeds(walk(), batch_axis=0)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import chex
 import digits_run
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -135,6 +136,23 @@ def test_pmap_gives_the_numbers_of_one_device():
     chex.assert_trees_all_close(
       one, (expected.params, expected.collections, expected.average, expected_metrics), atol=ATOL
     )
+
+
+def test_pmap_keeps_counters_whole():
+  class Counting(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train):
+      seen = self.variable("state", "seen", jnp.zeros, (), jnp.int32)
+      if train and not self.is_initializing():
+        seen.value += 1
+      return nn.Dense(1)(x)
+
+  parts = train.supervised(Counting(), lambda y, batch: (jnp.mean(y**2), {}), optax.sgd(0.1), axis_name="data")
+  batch = {"image": np.ones((8, 2), np.float32)}
+  state = train.replicate(jax.jit(parts.init)(jax.random.key(0), batch))
+  state, _ = train.pmap_step(parts)(state, train.split_batch(batch))
+  seen = state.collections["state"]["seen"]
+  assert seen.dtype == jnp.int32 and seen.tolist() == [1] * 8
 
 
 def test_pmap_devices_draw_their_own_dropout():

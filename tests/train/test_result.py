@@ -56,6 +56,11 @@ def test_result_holds_everything(tmp_path):
   assert result["wall_time"] == 12.346
 
 
+def test_infinite_settings_become_text(tmp_path):
+  result = json.loads(write(tmp_path, config={"clip": float("inf"), "rate": [float("nan"), 0.5]}).read_text())
+  assert result["config"] == {"clip": "Infinity", "rate": ["NaN", 0.5]}
+
+
 def test_report_writes_and_shows(tmp_path, capsys):
   fields = {"system": "dagnn", "claim": "as it is", "dataset": "digits", "config": {}, "seed": [0, 1], "wall_time": 1.0}
   train.report(tmp_path, metrics={"hits": [0.5, 0.75], "loss": float("nan")}, published={"hits": 0.875}, **fields)
