@@ -70,7 +70,6 @@ def attend(lanes: int, pairs: bool) -> kernels.Kernel:
     for first in range(queries * part // parts, queries * (part + 1) // parts, _QUERIES):
       count = min(_QUERIES, queries * (part + 1) // parts - first)
       _rows(q, b, first, count, h * depth, depth, pairs, words, asked)
-      scores[:] = 0
       _products(lanes, pairs, scores, tokens, asked, words, turned, words, words, tokens // wide, count)
       for t in range(count):
         row = scores[t * tokens : t * tokens + keys]
@@ -79,7 +78,6 @@ def attend(lanes: int, pairs: bool) -> kernels.Kernel:
         logs[b, h, first + t], over[t] = scale[0] * top + np.log(total), np.float32(1) / total
         if pairs:
           write(row, weights[t * tokens : t * tokens + keys])
-      answers[:] = 0
       _products(lanes, pairs, answers, panels * wide, weights, steps, values, steps, used, panels, count)
       for t in range(count):
         answer = answers[t * panels * wide : t * panels * wide + depth]
@@ -133,7 +131,6 @@ def gradient(lanes: int, pairs: bool) -> kernels.Kernel:
       at = (b * queries + first) * channels + h * depth
       _tiles.pack_panels(lanes, _VECTORS, pairs, q.reshape(-1), at, channels, count, depth, asked_rows, panel)
       _tiles.pack_panels(lanes, _VECTORS, pairs, g.reshape(-1), at, channels, count, depth, given_rows, panel)
-      scores[:], slopes[:] = 0, 0
       _products(lanes, pairs, scores, tokens, asked, words, keys_turned, words, words, tokens // wide, count)
       _products(lanes, pairs, slopes, tokens, given, words, values_turned, words, words, tokens // wide, count)
       for t in range(count):
@@ -146,7 +143,6 @@ def gradient(lanes: int, pairs: bool) -> kernels.Kernel:
         for m in range(keys):
           slope[m] = scale[0] * row[m] * (slope[m] - mean)
         write(slope, narrow[t * tokens : t * tokens + keys])
-      answers[:] = 0
       _products(lanes, pairs, answers, panels * wide, narrow, steps, rows, steps, used, panels, count)
       for t in range(count):
         place = t * panels * wide
@@ -155,8 +151,9 @@ def gradient(lanes: int, pairs: bool) -> kernels.Kernel:
         _across(weights, tokens, count, pairs, across)
         for m in range(0, keys, _TILE):
           for p in range(panels):
+            target = sums.ctypes.data + 4 * (m * panels + p) * wide
             _tiles.accumulate(
-              _TILE, _VECTORS, lanes, pairs, sums.ctypes.data + 4 * (m * panels + p) * wide, 4 * panels * wide,
+              _TILE, _VECTORS, lanes, pairs, target, 4 * panels * wide, target, 4 * panels * wide,
               across.ctypes.data + 4 * m, 4, right.ctypes.data + 4 * p * panel,
               1, 0, 0, 1, 0, 0, length, 4 * tokens, 4 * wide,
             )  # fmt: skip
@@ -175,13 +172,14 @@ def _padded(count, multiple):
 
 @numba.njit(inline="always")
 def _products(lanes, pairs, sums, width, left, step, right, panel, length, panels, count):
-  """sums[t, :] += left[t, :length] @ right for `count` rows, and more up to a tile; a row of left is `step` words."""
+  """sums[t, :] = left[t, :length] @ right for `count` rows, and more up to a tile; a row of left is `step` words."""
   wide = _VECTORS * lanes
+  zeros = np.zeros(wide, np.float32)
   for p in range(panels):
     for t in range(0, count, _TILE):
       _tiles.accumulate(
         _TILE, _VECTORS, lanes, pairs, sums.ctypes.data + 4 * (t * width + p * wide), 4 * width,
-        left.ctypes.data + 4 * t * step, 4 * step, right.ctypes.data + 4 * p * panel * wide,
+        zeros.ctypes.data, 0, left.ctypes.data + 4 * t * step, 4 * step, right.ctypes.data + 4 * p * panel * wide,
         1, 0, 0, 1, 0, 0, length, 4, 4 * wide,
       )  # fmt: skip
 

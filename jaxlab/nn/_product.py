@@ -82,14 +82,14 @@ def outer(lanes: int, pairs: bool) -> kernels.Kernel:
         weights = right.ctypes.data + 4 * p * _ROWS * wide
         if i == 0:
           _tiles.accumulate(
-            1, _VECTORS, lanes, pairs, added.ctypes.data + 4 * p * wide, 0, one.ctypes.data, 0, weights,
-            1, 0, 0, 1, 0, 0, length, 0, 4 * wide,
+            1, _VECTORS, lanes, pairs, added.ctypes.data + 4 * p * wide, 0, added.ctypes.data + 4 * p * wide, 0,
+            one.ctypes.data, 0, weights, 1, 0, 0, 1, 0, 0, length, 0, 4 * wide,
           )  # fmt: skip
         for q in range(pieces):
           source = left.ctypes.data + 4 * q * _ROWS * lanes
           for _ in range(0, lanes, _TILE):
             _tiles.accumulate(
-              _TILE, _VECTORS, lanes, pairs, target, 4 * wide, source, 4, weights,
+              _TILE, _VECTORS, lanes, pairs, target, 4 * wide, target, 4 * wide, source, 4, weights,
               1, 0, 0, 1, 0, 0, length, 4 * lanes, 4 * wide,
             )  # fmt: skip
             source += 4 * _TILE

@@ -65,20 +65,22 @@ def _multiply_add(builder, vector, pairs, a, b, total):
 
 
 @intrinsic(prefer_literal=True)
-def accumulate(typing, tile, vectors, lanes, pairs, y, y_t, a, a_t, b, n0, a_0, b_0, n1, a_1, b_1, n2, a_2, b_2):
-  """y[t, :] += sum of a[t * a_t + i * a_0 + j * a_1 + k * a_2] * b[i * b_0 + j * b_1 + k * b_2 + :] for t < tile.
+def accumulate(
+  typing, tile, vectors, lanes, pairs, y, y_t, x, x_t, a, a_t, b, n0, a_0, b_0, n1, a_1, b_1, n2, a_2, b_2
+):
+  """y[t] = x[t] + sum of a[t * a_t + i * a_0 + j * a_1 + k * a_2] * b[i * b_0 + j * b_1 + k * b_2] for t < tile.
 
-  The sum is over i < n0, j < n1 and k < n2. Addresses and steps are in bytes; a row of y and of b is `vectors` vectors.
+  The sum is over i < n0, j < n1 and k < n2. Addresses and steps are in bytes; a row of x, y and b is `vectors` vectors.
   """
   tile_, vectors_, lanes_ = tile.literal_value, vectors.literal_value, lanes.literal_value
   pairs_ = pairs.literal_value
 
   def codegen(context, builder, signature, args):
-    y, y_t, a, a_t, b, *loops = args[4:]
+    y, y_t, x, x_t, a, a_t, b, *loops = args[4:]
     vector, add, mul = kernels.Vectors(builder, lanes_), builder.add, builder.mul
     column = lambda address, v: add(address, _word(vector.bytes * v))
-    rows = [add(y, mul(y_t, _word(t))) for t in range(tile_)]
-    places = vector.registers([vector.load(column(row, v)) for row in rows for v in range(vectors_)])
+    rows = lambda address, step: [add(address, mul(step, _word(t))) for t in range(tile_)]
+    places = vector.registers([vector.load(column(row, v)) for row in rows(x, x_t) for v in range(vectors_)])
     place = kernels.stepped(builder, a_t)
     with contextlib.ExitStack() as nest:
       at, weights = a, b
@@ -92,12 +94,12 @@ def accumulate(typing, tile, vectors, lanes, pairs, y, y_t, a, a_t, b, n0, a_0, 
           total = builder.load(places[t * vectors_ + v])
           total = _multiply_add(builder, vector, pairs_, value, loaded[v], total)
           builder.store(total, places[t * vectors_ + v])
-    for t, row in enumerate(rows):
+    for t, row in enumerate(rows(y, y_t)):
       for v in range(vectors_):
         vector.store(builder.load(places[t * vectors_ + v]), column(row, v))
     return context.get_dummy_value()
 
-  return types.void(tile, vectors, lanes, pairs, *[types.int64] * 14), codegen
+  return types.void(tile, vectors, lanes, pairs, *[types.int64] * 16), codegen
 
 
 def lanes_for(channels: int) -> int:

@@ -133,13 +133,14 @@ def convolve(tile: int, vectors: int, lanes: int, pairs: bool) -> kernels.Kernel
     high_together = kh if run <= _PIECE else 1
     deep_together = kd if kh * run <= _PIECE else 1
     # Rows are done one by one if their windows are summed without a stop, so that sums stay in the nearest cache; else
-    # together, so that a piece of the filters does.
-    lines = depth * height
-    together = 1 if kd == deep_together and kh == high_together and stretches == 1 and run <= _PIECE else lines
-    sums = np.empty(together * tiled * wide, np.float32)
+    # together, so that a piece of the filters does. Of the former, sums can leave the registers for the result, where
+    # the last tile of a row may come over the one before.
+    lines, whole = depth * height, kd == deep_together and kh == high_together and stretches == 1 and run <= _PIECE
+    together, direct = 1 if whole else lines, not pairs and whole and width >= tile
+    sums, zeros = np.empty(together * tiled * wide, np.float32), np.zeros(wide, np.float32)
     for chunk in range(chunks * group // groups, chunks * (group + 1) // groups):
       for first in range(0, lines, together):
-        for p in range(len(sums)):
+        for p in range(0 if direct else len(sums)):
           sums[p] = 0
         for a in range(0, kd, deep_together):
           for b in range(0, kh, high_together):
@@ -147,20 +148,24 @@ def convolve(tile: int, vectors: int, lanes: int, pairs: bool) -> kernels.Kernel
               for r in range(0, length, _PIECE):
                 piece = min(_PIECE, length - r)
                 weights = w.ctypes.data + 4 * wide * (((chunk * kd + a) * kh + b) * run + s * length + r)
-                target = sums.ctypes.data
                 for line in range(first, first + together):
                   i, j = line // height, line % height
                   place = corner + plane * (i * sd + a) + row * (j * sh + b) + s * step
                   source = numbers.ctypes.data + size * place + 4 * r
-                  for _ in range(0, width, tile):
+                  target, pixel = sums.ctypes.data + 4 * (line - first) * tiled * wide, 4 * wide
+                  if direct:
+                    at = ((n * y.shape[1] + d0 + i) * y.shape[2] + h0 + j) * width * out + chunk * wide
+                    target, pixel = y.ctypes.data + 4 * at, 4 * out
+                  for k in range(0, width, tile):
+                    k = min(k, width - tile) if direct else k
+                    begun, step_begun = (zeros.ctypes.data, 0) if direct else (target + pixel * k, pixel)
                     _tiles.accumulate(
-                      tile, vectors, lanes, pairs, target, 4 * wide, source, size * sw * step, weights,
+                      tile, vectors, lanes, pairs, target + pixel * k, pixel, begun, step_begun,
+                      source + size * k * sw * step, size * sw * step, weights,
                       deep_together, size * plane, 4 * kh * run * wide,
                       high_together, size * row, 4 * run * wide, piece, 4, 4 * wide,
                     )  # fmt: skip
-                    source += size * tile * sw * step
-                    target += 4 * tile * wide
-        for line in range(together):
+        for line in range(0 if direct else together):
           i, j, place = (first + line) // height, (first + line) % height, line * tiled * wide
           at = ((n * y.shape[1] + d0 + i) * y.shape[2] + h0 + j) * width * out + chunk * wide
           # Voxels of few outputs are written together: a call for each would take as long as its sums.
@@ -232,7 +237,7 @@ def correlate(tile: int, vectors: int, lanes: int, pairs: bool) -> kernels.Kerne
             first_input = source + 4 * (a * through + b * down)
             for _ in range(0, size, tile):
               _tiles.accumulate(
-                tile, vectors, lanes, pairs, target, 4 * wide, first_input, 4, gradients.ctypes.data,
+                tile, vectors, lanes, pairs, target, 4 * wide, target, 4 * wide, first_input, 4, gradients.ctypes.data,
                 depth, 4 * through * sd, 4 * wide * columns * height,
                 lines, 4 * down * sh, 4 * wide * columns, length, 4 * across, 4 * wide,
               )  # fmt: skip
