@@ -23,9 +23,12 @@ import contextvars
 import ctypes
 import dataclasses
 import functools
+import hashlib
 import pathlib
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -120,9 +123,6 @@ def kernel(name: str) -> Callable[[Callable], Kernel]:
     for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
       if isinstance(cell.cell_contents, numba.core.dispatcher.Dispatcher):
         raise TypeError(f"{variable}: got a function compiled by numba, expected a plain one registered with it")
-    # Numba keeps all functions of one qualified name in one index, in which two processes that compile different ones
-    # at once may exchange them.
-    function.__qualname__ = name
     return Kernel(name, function)
 
   return made
@@ -182,11 +182,35 @@ def _target(kernel):
 @functools.cache
 def _register(kernel: Kernel) -> None:
   """Compiles a kernel and its C entry point, and names it to XLA."""
+  kernel.function.__qualname__ = _cached_as(kernel)
   function = numba.cfunc(types.void(_word, _word), cache=True, **_OPTIONS)(kernel.function)
   run, task = _runtime()
   handler, code = _entry(run.address, function.address, task.address)
   jax.ffi.register_ffi_target(_target(kernel), jax.ffi.pycapsule(handler), platform="cpu")
   _keep_alive.append((function, handler, code))
+
+
+def _cached_as(kernel: Kernel) -> str:
+  """The name under which numba's cache keeps a kernel: that of the kernel, and a digest of the code it may call.
+
+  All functions of one name are in one index, in which two processes that compile different ones at once may exchange
+  them. And the cache looks for changes in the file of the kernel alone, not in those of the modules it takes from.
+  """
+  return f"{kernel.name}.{_digest(sys.modules[kernel.function.__module__])}"
+
+
+@functools.cache
+def _digest(module: ModuleType) -> str:
+  """Of the files of the modules of this package that a module refers to, and that these refer to."""
+  found, waiting = {}, [module]
+  while waiting:
+    for value in vars(waiting.pop()).values():
+      # What a package refers to depends on what has been imported.
+      ours = isinstance(value, ModuleType) and value.__name__.startswith("jaxlab.") and not hasattr(value, "__path__")
+      if ours and value.__name__ not in found:
+        found[value.__name__] = pathlib.Path(str(value.__file__)).read_bytes()
+        waiting.append(value)
+  return hashlib.sha256(b"".join(found[name] for name in sorted(found))).hexdigest()[:16]
 
 
 def _entry(run: int, kernel: int, task: int) -> tuple[Any, Any]:
@@ -414,14 +438,14 @@ def exp(x):
   return y * np.uint32(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23)).view(np.float32)
 
 
-def stepped(builder: ir.IRBuilder, step):
+def stepped(builder: ir.IRBuilder, step: Any) -> Callable[[Any, int], Any]:
   """Function of an address and a number i that gives the address i steps on, in the form processors add by themselves.
 
   Four addresses are then one register and multiples of the step.
   """
   multiples = [builder.mul(step, ir.IntType(64)(i)) for i in range(4)]
 
-  def place(base, i):
+  def place(base: Any, i: int) -> Any:
     base = builder.add(base, builder.mul(step, ir.IntType(64)(i // 4 * 4))) if i >= 4 else base
     return builder.add(base, multiples[i % 4]) if i % 4 else base
 

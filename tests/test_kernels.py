@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +115,7 @@ def test_kernels_are_found_in_the_cache_by_the_next_process():
   """What tells a cached kernel from another, its name and the values it closes over, is the same in a new process."""
   script = """
 import hashlib
+from jaxlab import kernels
 from jaxlab.nn import _attention, _product, gelu, layer_norm
 from numba.core.serialize import dumps
 made = [make(8, pairs) for make in (_attention.attend, _attention.gradient, _product.outer) for pairs in (False, True)]
@@ -121,12 +123,28 @@ made += [gelu._values(True), gelu._gradients(False), layer_norm._rows(True, Fals
 made += [layer_norm._rows_gradient(True, False)]
 for kernel in made:
   closure = dumps(tuple(cell.cell_contents for cell in kernel.function.__closure__))
-  print(kernel.function.__qualname__, hashlib.sha256(closure).hexdigest())
+  print(kernels._cached_as(kernel), hashlib.sha256(closure).hexdigest())
 """
   run = lambda: subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
   first = run()
   assert first == run()
   assert len({line.split()[0] for line in first.splitlines()}) == 10  # each has an index of its own
+
+
+def test_a_change_in_what_a_kernel_calls_is_another_kernel_to_the_cache(tmp_path, monkeypatch):
+  from jaxlab.nn import _attention, _tiles, dropout, softmax
+
+  module = sys.modules[_attention.__name__]
+  digest = kernels._digest.__wrapped__
+  before, other = digest(module), digest(sys.modules[dropout.__name__])
+  for helper in (softmax, _tiles):
+    changed = tmp_path / "changed.py"
+    changed.write_text(Path(helper.__file__).read_text() + "# more\n")
+    with monkeypatch.context() as patch:
+      patch.setattr(helper, "__file__", str(changed))
+      assert digest(module) != before
+      assert digest(sys.modules[dropout.__name__]) == other  # which takes nothing from it
+  assert digest(module) == before
 
 
 @pytest.mark.parametrize("count", range(1, 9))
