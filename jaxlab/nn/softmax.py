@@ -36,8 +36,7 @@ def softmax(x: Float[Array, "*rows m"]) -> Float[Array, "*rows m"]:
 
 @jax.custom_vjp
 def _softmax(x):
-  (p,) = kernels.call(_rows, [jax.ShapeDtypeStruct(x.shape, x.dtype)], x, items=_items(x))
-  return p
+  return _call(_rows, x)
 
 
 def _forward(x):
@@ -54,8 +53,7 @@ _softmax.defvjp(_forward, _backward)
 
 @jax.custom_vjp
 def _gradient(p, g):
-  (dx,) = kernels.call(_rows_gradient, [jax.ShapeDtypeStruct(p.shape, p.dtype)], p, g, items=_items(p))
-  return dx
+  return _call(_rows_gradient, p, g)
 
 
 def _gradient_backward(saved, cotangent):
@@ -66,8 +64,22 @@ def _gradient_backward(saved, cotangent):
 _gradient.defvjp(lambda p, g: (_gradient(p, g), (p, g)), _gradient_backward)
 
 
-def _items(x: Array) -> int:
-  return max(1, min(x.shape[0], x.size // _VALUES))
+def _call(kernel, *arrays):
+  """Rows [R, M] to rows; more of them under `vmap`, in one call."""
+
+  @jax.custom_batching.custom_vmap
+  def run(*arrays):
+    x = arrays[0]
+    items = max(1, min(x.shape[0], x.size // _VALUES))
+    return kernels.call(kernel, [jax.ShapeDtypeStruct(x.shape, x.dtype)], *arrays, items=items)[0]
+
+  @run.def_vmap
+  def _(size, batched, *arrays):
+    rows = (a if new else jnp.broadcast_to(a, (size, *a.shape)) for a, new in zip(arrays, batched, strict=True))
+    y = _call(kernel, *(a.reshape(-1, a.shape[-1]) for a in rows))
+    return y.reshape(size, -1, y.shape[-1]), True
+
+  return run(*arrays)
 
 
 @numba.njit(inline="always")

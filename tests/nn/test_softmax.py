@@ -48,6 +48,13 @@ def test_second_derivatives_and_batches():
   penalty = lambda f: lambda x: (jax.grad(lambda x: (f(x) ** 3).sum())(x) ** 2).sum()
   got = jax.vmap(jax.grad(penalty(softmax.softmax)))(x)
   np.testing.assert_allclose(got, jax.vmap(jax.grad(penalty(jax.nn.softmax)))(x), atol=1e-6)
+  pull = lambda f: jax.vmap(lambda x, g: jax.vjp(f, x)[1](g)[0], (0, None))  # one array of a new axis, one without
+  np.testing.assert_allclose(pull(softmax.softmax)(x, x[0]), pull(jax.nn.softmax)(x, x[0]), atol=1e-6)
+
+
+def test_a_batch_is_one_call():
+  program = str(jax.make_jaxpr(jax.vmap(jax.vmap(softmax.softmax)))(logits(5, 4, 3, 6)))
+  assert program.count("ffi_call[") == 1 and "while" not in program and "scan" not in program
 
 
 def test_other_dtypes_are_left_to_jax():
