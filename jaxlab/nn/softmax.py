@@ -1,7 +1,7 @@
 """Softmax over the last axis, in one pass over memory each way.
 
-XLA's CPU backend passes over the logits several times, at a quarter of the speed of memory or less. There it is a host
-kernel, and so is its gradient,
+XLA's CPU backend passes over the logits several times. There softmax of long rows is a host kernel, which takes half
+the time, and so is its gradient,
 
     p = exp(x) / sum of exp(x),   dx = p (g - sum of p g);
 
@@ -18,6 +18,7 @@ from numba import types
 from jaxlab import kernels
 
 _VALUES = 1 << 15  # that an item computes, about
+_LONG = 128  # logits of a row from which on the kernel is the faster one: its loops end in single numbers
 
 
 def softmax(x: Float[Array, "*rows m"]) -> Float[Array, "*rows m"]:
@@ -27,9 +28,9 @@ def softmax(x: Float[Array, "*rows m"]) -> Float[Array, "*rows m"]:
     x: logits.
 
   Returns:
-    Same shape and dtype. On CPU a probability is 1e-38 at least, that of a logit of -infinity too.
+    Same shape and dtype. In long rows on CPU a probability is 1e-38 at least, that of a logit of -infinity too.
   """
-  if x.size and x.dtype == jnp.float32 and kernels.available():
+  if x.size and x.shape[-1] >= _LONG and x.dtype == jnp.float32 and kernels.available():
     return _softmax(x.reshape(-1, x.shape[-1])).reshape(x.shape)
   return jax.nn.softmax(x)
 

@@ -8,6 +8,11 @@ from jaxlab import kernels
 from jaxlab.nn import softmax
 
 
+@pytest.fixture(autouse=True)
+def rows_of_any_length(monkeypatch):
+  monkeypatch.setattr(softmax, "_LONG", 1)
+
+
 def logits(*shape, scale=1.0):
   return jnp.asarray(scale * np.random.default_rng(0).standard_normal(shape), "float32")
 
@@ -57,6 +62,10 @@ def test_a_batch_is_one_call():
   assert program.count("ffi_call[") == 1 and "while" not in program and "scan" not in program
 
 
-def test_other_dtypes_are_left_to_jax():
+def test_other_dtypes_and_short_rows_are_left_to_jax(monkeypatch):
   x = logits(2, 5).astype("bfloat16")
   np.testing.assert_array_equal(softmax.softmax(x), jax.nn.softmax(x))
+  calls = lambda: "ffi_call" in str(jax.make_jaxpr(softmax.softmax)(logits(2, 5)))
+  assert calls()
+  monkeypatch.setattr(softmax, "_LONG", 6)
+  assert not calls()
