@@ -14,11 +14,12 @@ import numba
 import numpy as np
 from jaxtyping import Array, Float
 from numba import types
+from numba.extending import register_jitable
 
 from jaxlab import kernels
 
 _VALUES = 1 << 15  # that an item computes, about
-_LONG = 128  # logits of a row from which on the kernel is the faster one: its loops end in single numbers
+_LONG = 128  # logits of a row from which on the kernel is faster: what is left over by vectors, it does one by one
 
 
 def softmax(x: Float[Array, "*rows m"]) -> Float[Array, "*rows m"]:
@@ -70,9 +71,8 @@ def _call(kernel, *arrays):
 
   @jax.custom_batching.custom_vmap
   def run(*arrays):
-    x = arrays[0]
-    items = max(1, min(x.shape[0], x.size // _VALUES))
-    return kernels.call(kernel, [jax.ShapeDtypeStruct(x.shape, x.dtype)], *arrays, items=items)[0]
+    shape = arrays[0].shape
+    return kernels.call(kernel, [jax.ShapeDtypeStruct(shape, jnp.float32)], *arrays, items=_items(*shape))[0]
 
   @run.def_vmap
   def _(size, batched, *arrays):
@@ -81,6 +81,12 @@ def _call(kernel, *arrays):
     return y.reshape(size, -1, y.shape[-1]), True
 
   return run(*arrays)
+
+
+@register_jitable
+def _items(rows, length):
+  """Runs into which so many rows are cut."""
+  return max(1, min(rows, rows * length // _VALUES))
 
 
 @numba.njit(inline="always")
@@ -113,7 +119,7 @@ def exp(row, target, scale, shift):
 def _rows(item, frame):
   """Kernel x [R, M] -> p [R, M]; an item is a run of rows."""
   x, p = kernels.operand(frame, 0, types.float32, 2), kernels.result(frame, 0, types.float32, 2)
-  rows, items = x.shape[0], max(1, min(x.shape[0], x.shape[0] * x.shape[1] // _VALUES))
+  rows, items = x.shape[0], _items(*x.shape)
   for i in range(rows * item // items, rows * (item + 1) // items):
     top, broken = largest(x[i])
     over = np.float32(1) / exp(x[i], p[i], np.float32(1), top)
@@ -128,7 +134,7 @@ def _rows_gradient(item, frame):
   """Kernel (p [R, M], g [R, M]) -> dx [R, M]; an item is a run of rows."""
   p, g = kernels.operand(frame, 0, types.float32, 2), kernels.operand(frame, 1, types.float32, 2)
   dx = kernels.result(frame, 0, types.float32, 2)
-  rows, items = p.shape[0], max(1, min(p.shape[0], p.shape[0] * p.shape[1] // _VALUES))
+  rows, items = p.shape[0], _items(*p.shape)
   for i in range(rows * item // items, rows * (item + 1) // items):
     along = np.float32(0)
     for m in range(p.shape[1]):
