@@ -50,6 +50,13 @@ def choice(name: str, value: Any, options: Any) -> Any:
   return value
 
 
+def shaped_like(name: str, other: Any, **arrays: Any) -> None:
+  """Arrays of the shape of another, which is called `name`."""
+  for given, array in arrays.items():
+    if array.shape != other.shape:
+      raise ValueError(f"{given}: got shape {array.shape}, expected the {name}'s, {other.shape}")
+
+
 def leading(name: str, array: Any) -> int:
   """Length of the first axis."""
   shape = np.shape(array)

@@ -121,13 +121,16 @@ def lanes_for(channels: int) -> int:
   return kernels.max_lanes() if channels % kernels.max_lanes() == 0 else 8
 
 
-def tile_for(width: int, k: int) -> int:
+def tile_for(width: int, *, large: bool = False) -> int:
   """Output pixels computed together: as many as the registers hold, wasting few where tiles overlap at the end.
 
-  Small filters wait for memory, which long tiles make worse. A tile that reaches both ends of a row has to look where
-  each of its pixels is.
+  A tile that reaches both ends of a row has to look where each of its pixels is.
+
+  Args:
+    width: pixels of a row.
+    large: for the convolution by filters that take longer than memory does, which longer tiles would make wait.
   """
-  most = (8 if k <= 5 else 14) if kernels.max_lanes() == 16 else 6
+  most = (14 if large else 8) if kernels.max_lanes() == 16 else 6
   cost = lambda tile: -(-width // tile) * (tile + 2) * (1.25 if tile == width else 1)
   return min(range(1, min(most, width) + 1), key=cost)
 

@@ -168,7 +168,7 @@ def _host_depthwise(x, kernel, bias):
 @jax.custom_vjp
 def _convolve(x, kernel, bias):
   k, (_, _, width, channels) = kernel.shape[0], x.shape
-  host = _depthwise.convolve(k, _depthwise.tile_for(width, k), _depthwise.lanes_for(channels))
+  host = _depthwise.convolve(k, _depthwise.tile_for(width, large=k > 5), _depthwise.lanes_for(channels))
   (y,) = kernels.call(
     host, [jax.ShapeDtypeStruct(x.shape, x.dtype)], x, kernel, bias, items=_depthwise.convolve_items(x.shape)
   )
@@ -193,7 +193,7 @@ def _correlate(x, g, k):
   """Gradients of weights, sums over pixels of x, shifted by each tap, times g, [k, k, 1, C], and of the bias, [C]."""
   images, height, width, channels = x.shape
   parts = min(16, images * height)
-  host = _depthwise.correlate(k, _depthwise.tile_for(width, 3), _depthwise.lanes_for(channels))
+  host = _depthwise.correlate(k, _depthwise.tile_for(width), _depthwise.lanes_for(channels))
   (sums,) = kernels.call(host, [jax.ShapeDtypeStruct((parts, k * k + 1, channels), x.dtype)], x, g, items=parts)
   sums = sums.sum(0)
   return sums[:-1].reshape(k, k, 1, channels), sums[-1]

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxlab import checks
 from jaxlab.nn.attention import multi_head_attention
 
 TILE = 8
@@ -75,9 +76,7 @@ def neighborhood_attention(
   if query.ndim != 4:
     raise ValueError(f"query: got shape {query.shape}, expected images [batch, height, width, channels]")
   batch, height, width, channels = query.shape
-  for name, x in (("key", key), ("value", value)):
-    if x.shape != query.shape:
-      raise ValueError(f"{name}: got shape {x.shape}, expected the query's, {query.shape}")
+  checks.shaped_like("query", query, key=key, value=value)
   if window < 1 or window % 2 == 0 or window > min(height, width):
     raise ValueError(f"window: got {window}, expected an odd number up to {min(height, width)}, the image's side")
   if bias is not None and bias.shape != (num_heads, 2 * window - 1, 2 * window - 1):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxlab import checks
 from jaxlab.nn.attention import multi_head_attention
 
 
@@ -50,9 +51,7 @@ def window_attention(
     raise ValueError(
       f"query: got shape {query.shape}, expected [B, H, W, C], H and W multiples of the window, {window}"
     )
-  for name, x in (("key", key), ("value", value)):
-    if x.shape != query.shape:
-      raise ValueError(f"{name}: got shape {x.shape}, expected the query's, {query.shape}")
+  checks.shaped_like("query", query, key=key, value=value)
   if not 0 <= shift < window:
     raise ValueError(f"shift: got {shift}, expected 0 to {window - 1}")
   if table is not None and table.shape != ((2 * window - 1) ** 2, num_heads):
